@@ -1,0 +1,1 @@
+"""Pure and synchronous: `now` and `rng` are arguments, and nothing here waits."""

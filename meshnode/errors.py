@@ -1,0 +1,103 @@
+"""Every error meshnode raises, in one tree.
+
+    MeshnodeError
+    ├── ConfigError             usage or settings are wrong; nothing was started (exit 2)
+    │   ├── TokenInvalid        the token is damaged or missing
+    │   ├── IdentityDamaged     identity.key can't be read; it is left untouched
+    │   └── ListenFailed        an address can't be bound (taken, not ours, not permitted)
+    ├── WireError               bytes from a peer break a protocol; ``code`` is the SPEC's word for it
+    ├── MeshError               something between this node and a peer
+    │   ├── PeerUnreachable     no connection could be made, or it ended before an answer
+    │   ├── PeerRefused         the peer answered, and said no (protocol not served, not a member)
+    │   ├── TokenRefused        the peer, or we, don't accept the other's token (exit 5)
+    │   ├── StreamReset         a stream was reset or its connection died: what was read is cut short
+    │   └── StreamClosed        our own bug or our own shutdown: the stream was already closed here
+    ├── NoCandidate             nobody can serve the request (exit 4)
+    ├── GpuReadError            free VRAM can't be read; ``code`` says why
+    └── NodeNotRunning          no control API answers (exit 3)
+
+Foreign exceptions are translated once, at the seam where they arise, with ``from``.
+"""
+
+from __future__ import annotations
+
+
+class MeshnodeError(Exception):
+    """Base of all; its text says what, why and what to do next."""
+
+    exit_code = 1
+
+
+class ConfigError(MeshnodeError):
+    """Usage or settings are wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class TokenInvalid(ConfigError):
+    """The token is damaged, of another version, or missing."""
+
+
+class IdentityDamaged(ConfigError):
+    """The identity file can't be read as a key; it is left untouched."""
+
+
+class ListenFailed(ConfigError):
+    """An address can't be bound."""
+
+
+class WireError(MeshnodeError):
+    """Bytes from a peer that break a protocol.
+
+    ``code`` is the error code that the protocol's SPEC.md names for this fault.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class MeshError(MeshnodeError):
+    """Something went wrong between this node and a peer."""
+
+
+class PeerUnreachable(MeshError):
+    """No connection to the peer could be made, or it ended before an answer came."""
+
+
+class PeerRefused(MeshError):
+    """The peer answered and said no."""
+
+
+class TokenRefused(MeshError):
+    """One side doesn't accept the other's token."""
+
+    exit_code = 5
+
+
+class StreamReset(MeshError):
+    """The stream was reset or its connection died; what was read is cut short."""
+
+
+class StreamClosed(MeshError):
+    """The stream was already closed on this side."""
+
+
+class NoCandidate(MeshnodeError):
+    """Nobody can serve the request."""
+
+    exit_code = 4
+
+
+class GpuReadError(MeshnodeError):
+    """Free VRAM can't be read; ``code`` is short and stable, fit for a metric label."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NodeNotRunning(MeshnodeError):
+    """No node's control API answers."""
+
+    exit_code = 3

@@ -1,0 +1,1 @@
+"""Free GPU memory, from whichever source this host has."""
