@@ -23,6 +23,8 @@ MAX_ONLINE_WINDOW = 3600.0
 
 # The payload without its envelope. A node with one service and a few addresses needs 400 bytes.
 MAX_ANNOUNCEMENT_BYTES = 16 * 1024
+# With its envelope: 120 bytes for an Ed25519 signer, up to 1,100 for an RSA key of 4,096 bits.
+MAX_ENVELOPE_BYTES = MAX_ANNOUNCEMENT_BYTES + 2048
 MAX_SERVICES = 32
 # Room for an engine's whole catalogue; the 16 KiB are what really bounds it.
 MAX_MODELS = 256

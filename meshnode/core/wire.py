@@ -144,3 +144,62 @@ def _refuse_extension(_code: int, _data: bytes) -> Never:
 
 def _brief(exc: BaseException) -> str:
     return (str(exc) or type(exc).__name__)[:200]
+
+
+FRAME_HEADER_BYTES = 4  # uint32, big endian: the body's length
+
+
+def encode_frame(body: bytes) -> bytes:
+    """Return ``body`` with its length before it."""
+    return len(body).to_bytes(FRAME_HEADER_BYTES, "big") + body
+
+
+class FrameDecoder:
+    """Cuts a byte stream into frames: uint32 length, then that many bytes.
+
+    Feed it what arrives, then take frames until None; it never holds more than one frame and
+    what came behind it in the same feed.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes  # of one body
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Take in the next bytes of the stream."""
+        self._buffer += data
+
+    def next_frame(self) -> bytes | None:
+        """Return the next whole body, or None if more bytes are needed.
+
+        Raises:
+            WireError: ``too_large``, as soon as the length is known.
+        """
+        if len(self._buffer) < FRAME_HEADER_BYTES:
+            return None
+        length = int.from_bytes(self._buffer[:FRAME_HEADER_BYTES], "big")
+        if length > self._max_bytes:
+            raise WireError(
+                "too_large", f"a frame of {length} bytes is more than the {self._max_bytes} allowed"
+            )
+        end = FRAME_HEADER_BYTES + length
+        if len(self._buffer) < end:
+            return None
+        body = bytes(self._buffer[FRAME_HEADER_BYTES:end])
+        del self._buffer[:end]
+        return body
+
+    def take_rest(self) -> bytes:
+        """Return, once, the bytes behind the last frame: the start of whatever follows frames."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+    def finish(self) -> None:
+        """Say that the stream ended.
+
+        Raises:
+            WireError: ``truncated``: it ended inside a frame.
+        """
+        if self._buffer:
+            raise WireError("truncated", "the stream ended inside a frame")
