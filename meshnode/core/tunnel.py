@@ -40,7 +40,7 @@ class TunnelRequest(WireModel):
 
 
 class TunnelReply(WireModel):
-    """Server to dialler, once: whether the service's bytes follow, and fresh numbers to route by."""
+    """Server to dialler, once: whether the service's bytes follow, and numbers to route by."""
 
     status: Status = Field(alias="Status")
     # Requests that others than the asking peer hold on this service here.
