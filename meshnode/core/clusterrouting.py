@@ -14,6 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
+
+PolicyTier = Literal["only", "in_flight", "last_used", "vram", "first_listed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +31,28 @@ class ReplicaCandidate:
     available_vram: int = 0  # bytes, uint64; 0 = unknown
 
 
+def rank(candidate: ReplicaCandidate) -> tuple[int, float, int]:
+    """Return the tiers as a sort key: the lowest is the best."""
+    return (candidate.in_flight, candidate.last_used, -candidate.available_vram)
+
+
 def pick_best_replica(candidates: Iterable[ReplicaCandidate]) -> ReplicaCandidate | None:
     """Return the best candidate by the tiers above, or None if there is none."""
     # min() keeps the first of equals, which is the rule for a full tie.
-    return min(candidates, key=_rank, default=None)
+    return min(candidates, key=rank, default=None)
 
 
-def _rank(candidate: ReplicaCandidate) -> tuple[int, float, int]:
-    return (candidate.in_flight, candidate.last_used, -candidate.available_vram)
+def deciding_tier(best: ReplicaCandidate, runner_up: ReplicaCandidate | None) -> PolicyTier:
+    """Say which tier set the best apart from the second best; None means there was no second.
+
+    The second best shares the most tiers with the best, so no other candidate needs asking.
+    """
+    if runner_up is None:
+        return "only"
+    if best.in_flight != runner_up.in_flight:
+        return "in_flight"
+    if best.last_used != runner_up.last_used:
+        return "last_used"
+    if best.available_vram != runner_up.available_vram:
+        return "vram"
+    return "first_listed"
