@@ -13,6 +13,8 @@ from pydantic import Field, WithJsonSchema
 
 from meshnode.core.node_data import MAX_ENVELOPE_BYTES
 from meshnode.core.wire import (
+    FRAME_ERROR_CODES,
+    TypedMessage,
     WireModel,
     decode_model,
     encode_frame,
@@ -29,6 +31,8 @@ MAX_RECORD_BYTES = MAX_ENVELOPE_BYTES + 64  # the envelope, its keys and the age
 MAX_RECORDS = 10_000  # as many as a ledger holds
 MAX_TOTAL_BYTES = 32 * 1024 * 1024  # of all records together; 10,000 usual ones are a quarter
 MAX_AGE = 31_536_000.0  # seconds, a year; no ledger keeps anything longer
+
+ERROR_CODES = FRAME_ERROR_CODES | {"unknown_type", "too_many_records", "after_end"}
 
 Envelope = Annotated[
     bytes,
@@ -48,7 +52,7 @@ class Request(WireModel):
     """Asker to member, once: send what you know."""
 
 
-class Record(WireModel):
+class Record(TypedMessage):
     """Member to asker: one announcement, sealed as its owner gossiped it."""
 
     type: Literal["record"] = Field(default="record", alias="Type")
@@ -56,7 +60,7 @@ class Record(WireModel):
     age: float = Field(alias="Age", ge=0, le=MAX_AGE)  # seconds since proof of life, as sent
 
 
-class End(WireModel):
+class End(TypedMessage):
     """Member to asker, last: that was all. A stream that ends without it was cut."""
 
     type: Literal["end"] = Field(default="end", alias="Type")

@@ -24,9 +24,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, WithJsonSchema
 
 from meshnode.core.wire import (
+    FRAME_ERROR_CODES,
     Text64,
     Text256,
-    WireModel,
+    TypedMessage,
     encode_model,
     parse_model,
     unpack_map,
@@ -42,6 +43,8 @@ KEY_ID_BYTES = 8
 MAX_KEYS = 8  # a rotation needs two; the rest is room for several rotations at once
 
 WRONG_TOKEN = "wrong_token"
+
+ERROR_CODES = FRAME_ERROR_CODES | {"unknown_type", "unexpected_message"}
 
 _KEY_ID_LABEL = b"meshnode key id 1"
 _LISTENER_LABEL = b"meshnode membership 1 listener"
@@ -60,7 +63,7 @@ KeyId = Annotated[
 ]
 
 
-class Hello(WireModel):
+class Hello(TypedMessage):
     """Dialler to listener: a nonce, and which keys it holds."""
 
     type: Literal["hello"] = Field(default="hello", alias="Type")
@@ -68,7 +71,7 @@ class Hello(WireModel):
     key_ids: tuple[KeyId, ...] = Field(alias="KeyIDs", min_length=1, max_length=MAX_KEYS)
 
 
-class Challenge(WireModel):
+class Challenge(TypedMessage):
     """Listener to dialler: its nonce, the key chosen, and the proof that it holds it."""
 
     type: Literal["challenge"] = Field(default="challenge", alias="Type")
@@ -77,20 +80,20 @@ class Challenge(WireModel):
     proof: Bytes32 = Field(alias="Proof")
 
 
-class Proof(WireModel):
+class Proof(TypedMessage):
     """Dialler to listener: the proof that it holds the key chosen."""
 
     type: Literal["proof"] = Field(default="proof", alias="Type")
     proof: Bytes32 = Field(alias="Proof")
 
 
-class Welcome(WireModel):
+class Welcome(TypedMessage):
     """Listener to dialler: a member; other protocols may be used now."""
 
     type: Literal["welcome"] = Field(default="welcome", alias="Type")
 
 
-class Refusal(WireModel):
+class Refusal(TypedMessage):
     """Either way, instead of the next message: no, and why. The connection is closed."""
 
     type: Literal["refusal"] = Field(default="refusal", alias="Type")

@@ -11,7 +11,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from meshnode.core.wire import Text64, Text128, Text256, Uint64, WireModel, decode_model, pack_map
+from meshnode.core.wire import (
+    MAP_ERROR_CODES,
+    Text64,
+    Text128,
+    Text256,
+    Uint64,
+    WireModel,
+    decode_model,
+    pack_map,
+)
+from meshnode.errors import WireError
 
 # Seconds of silence after which a node counts as gone, unless it announced another window.
 # LocalAI's edgevpn nodes use the same 40.
@@ -23,14 +33,17 @@ MAX_ONLINE_WINDOW = 3600.0
 
 # The payload without its envelope. A node with one service and a few addresses needs 400 bytes.
 MAX_ANNOUNCEMENT_BYTES = 16 * 1024
-# With its envelope: 120 bytes for an Ed25519 signer, up to 1,100 for an RSA key of 4,096 bits.
-MAX_ENVELOPE_BYTES = MAX_ANNOUNCEMENT_BYTES + 2048
+# With its envelope. An Ed25519 signer's adds 140 bytes; the rest is room for fields of later ones.
+MAX_ENVELOPE_BYTES = 20 * 1024
 MAX_SERVICES = 32
 # Room for an engine's whole catalogue; the 16 KiB are what really bounds it.
 MAX_MODELS = 256
 MAX_ADDRS = 16
 # More than any host has by a factor of a hundred: a report above it is a lie or a broken driver.
 MAX_CREDIBLE_VRAM = 16 * 2**40  # bytes
+
+# bad_envelope comes from net, where signatures are checked.
+ERROR_CODES = MAP_ERROR_CODES | {"bad_envelope", "wrong_signer"}
 
 State = Literal["up", "draining", "leaving"]
 ServiceName = Annotated[Text64, Field(min_length=1)]
@@ -94,6 +107,21 @@ def decode(data: bytes) -> NodeData:
         WireError: ``too_large``, ``bad_msgpack`` or ``bad_field``.
     """
     return decode_model(NodeData, data, MAX_ANNOUNCEMENT_BYTES)
+
+
+def decode_signed(signer: str, data: bytes) -> NodeData:
+    """Return the announcement that ``data`` is, if ``signer`` may make it.
+
+    Args:
+        signer: the peer ID whose signature covers ``data``, already verified.
+
+    Raises:
+        WireError: as ``decode``; ``wrong_signer``: it speaks for another peer.
+    """
+    node = decode(data)
+    if node.id != signer:
+        raise WireError("wrong_signer", "the announcement's ID is not its signer's")
+    return node
 
 
 def encode(node: NodeData) -> bytes:

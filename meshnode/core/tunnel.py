@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from meshnode.core.wire import (
+    FRAME_ERROR_CODES,
     Text64,
     Text256,
     Uint64,
@@ -29,6 +30,8 @@ MAX_HEADER_BYTES = 2048  # of a request's or reply's body; 256 four-byte charact
 MAX_CHUNK_BYTES = 65_505
 CHUNK_HEADER_BYTES = 2
 END = b"\x00\x00"
+
+ERROR_CODES = FRAME_ERROR_CODES | {"bad_chunk", "after_end", "cut"}
 
 Status = Literal["ok", "busy", "draining", "no_such_service", "backend_unreachable", "unhealthy"]
 

@@ -12,11 +12,16 @@ from collections.abc import Mapping
 from typing import Annotated, Never, TypeVar
 
 import msgpack  # type: ignore[import-untyped]
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
 
 from meshnode.errors import WireError
 
 UINT64_MAX = 2**64 - 1
+
+# The words of WireError.code. Each protocol's SPEC.md lists its own; a test compares them.
+MAP_ERROR_CODES = frozenset({"too_large", "bad_msgpack", "bad_field"})
+FRAME_ERROR_CODES = MAP_ERROR_CODES | {"truncated"}
 
 # Bounds inside one map. They are wider than any field of today, because unknown keys of later
 # versions must pass; narrow enough that one message can't hold tens of thousands of objects.
@@ -49,7 +54,23 @@ class WireModel(BaseModel):
         validate_by_name=True,
         validate_by_alias=True,
         allow_inf_nan=False,
+        ser_json_bytes="hex",  # as in the schemas and the vectors
+        hide_input_in_errors=True,  # a key or a stranger's bytes must not end up in a log
     )
+
+
+class TypedMessage(WireModel):
+    """One of several messages of a protocol, told apart by the value of Type."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, object]:
+        # Readers choose the message by Type, so it is required on the wire though Python code
+        # need not write it.
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        schema["required"] = ["Type", *schema.get("required", [])]
+        return schema
 
 
 ModelT = TypeVar("ModelT", bound=WireModel)
