@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
+
 from support.cluster import Cluster, eventually
 
 NAMES = [f"n{number}" for number in range(12)]

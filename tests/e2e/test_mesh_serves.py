@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+
 from support.cluster import Backend, Cluster, Node, answer_with_hash, eventually, read_to_end
 
 MakeBackend = Callable[[Callable[[socket.socket], None]], Backend]
