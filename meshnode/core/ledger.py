@@ -14,7 +14,7 @@ What holds here, whatever arrives in whatever order:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
@@ -116,9 +116,14 @@ class Ledger:
         self._live: dict[str, LedgerEntry] = {}
         self._live_by_service: dict[str, dict[str, LedgerEntry]] = {}
         self._tombstones: dict[str, _Tombstone] = {}  # the oldest first
+        self._watchers: list[Callable[[str], None]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def watch(self, watcher: Callable[[str], None]) -> None:
+        """Tell ``watcher`` of each peer whose news, or whose being online, changed."""
+        self._watchers.append(watcher)
 
     # What is known
 
@@ -184,6 +189,7 @@ class Ledger:
             return Observation.FULL
         self._tombstones.pop(node.id, None)
         self._put(entry, now)
+        self._tell(node.id)
         return Observation.LEFT if node.state == "leaving" else Observation.NEW
 
     def touch(self, peer_id: str, now: float) -> bool:
@@ -197,6 +203,8 @@ class Ledger:
         was_online = old.is_online_at(now)
         last_seen = max(old.last_seen, now)
         self._put(replace(old, last_seen=last_seen, down_reason=None, down_at=_NEVER), now)
+        if not was_online:
+            self._tell(peer_id)
         return not was_online
 
     # What is lost
@@ -210,6 +218,7 @@ class Ledger:
         if old is None or peer_id == self.self_id or not old.is_online_at(now):
             return False
         self._put(replace(old, down_reason=reason, down_at=now), now)
+        self._tell(peer_id)
         return True
 
     def forget(self, peer_id: str, now: float) -> None:
@@ -220,6 +229,7 @@ class Ledger:
         del self._entries[peer_id]
         self._unlist(entry)
         self._bury(peer_id, entry.node.seq, now)
+        self._tell(peer_id)
 
     def expire(self, now: float) -> list[str]:
         """Take those offline whose window ran out; return their peer IDs.
@@ -232,6 +242,7 @@ class Ledger:
             # Silence is no finding of a time: any newer record ends it, however it is dated, and
             # the window then says whether the peer is online.
             self._put(replace(entry, down_reason="silent", down_at=_NEVER), now)
+            self._tell(entry.peer_id)
         for peer_id in [e.peer_id for e in self._entries.values() if self._is_outdated(e, now)]:
             self.forget(peer_id, now)
         for peer_id in list(self._outdated_tombstones(now)):
@@ -255,6 +266,7 @@ class Ledger:
             down_at=old.down_at if still_down else _NEVER,
         )
         self._put(entry, now)
+        self._tell(node.id)
         if node.state == "leaving":
             return Observation.LEFT
         if entry.is_online_at(now) and not was_online:
@@ -277,6 +289,10 @@ class Ledger:
             return False
         self.forget(longest_gone.peer_id, now)
         return True
+
+    def _tell(self, peer_id: str) -> None:
+        for watcher in self._watchers:
+            watcher(peer_id)
 
     def _put(self, entry: LedgerEntry, now: float) -> None:
         peer_id = entry.peer_id

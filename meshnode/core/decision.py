@@ -1,0 +1,52 @@
+"""The record of one routing decision: who could have served, who was picked, and why.
+
+Values only. The router makes them; the control API and the command line show them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from meshnode.core.clusterrouting import PolicyTier
+
+Policy = Literal["vram", "rotate", "random"]
+# What decided: a tier of the policy, the dice, or the caller's own choice of peer.
+Tier = PolicyTier | Literal["random", "target"]
+
+# What a person reads and a page shows; it also keeps a record of ten thousand peers small.
+MAX_ROWS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateRow:
+    """One peer that offers the service, as the decision saw it."""
+
+    peer_id: str
+    name: str
+    own_in_flight: int  # this node's open requests there
+    others_in_flight: int  # what the peer last said others have open there
+    in_flight: int  # both: what the policy compares
+    last_used: float  # seconds on this node's clock; 0 unless the policy rotates
+    available_vram: int  # bytes; 0 = unknown
+    reported_at: float | None = None  # when a tunnel reply gave newer numbers than announced
+    excluded: str | None = None  # why it could not be picked, if it could not
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One pick, or what a pick would be."""
+
+    at: float  # seconds on this node's monotonic clock
+    wall_time: float | None  # Unix seconds, for display
+    service_id: str
+    policy: Policy
+    target: str | None  # the peer ID or name that the caller asked for
+    attempt: int  # 1 = the first peer tried for this request
+    candidates: tuple[CandidateRow, ...]  # the best first, then the excluded; at most MAX_ROWS
+    candidates_total: int  # how many there were, listed or not, excluded ones included
+    picked: str | None  # peer ID; None only where dice would be cast, in an explanation
+    tier: Tier
+    outcome: str | None = None  # None while the lease is open
+    duration: float | None = None  # seconds from the pick to the end
+    retries: int | None = None  # peers given up before this one
