@@ -1,0 +1,157 @@
+"""Connections made: to whom, at which of its addresses, how many at a time, how soon again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from meshnode.core.ledger import Ledger
+from meshnode.errors import ConfigError, MeshError, PeerUnreachable, TokenRefused
+from meshnode.net.mesh import Mesh
+from meshnode.net.rng import Rng
+
+# Dialling many at once makes every handshake late, and then all of them fail.
+MAX_DIALS = 6
+DIAL_TIMEOUT = 3.0  # seconds, for one peer with all its addresses
+_ADDR_TIMEOUT = 1.5  # seconds for one address while there is another to try
+FIRST_RETRY = 0.25  # seconds
+LAST_RETRY = 30.0  # seconds
+# Peers whose failures are remembered; more than a ledger holds are never dialled.
+_MAX_REMEMBERED = 10_000
+
+
+class Backoff:
+    """How long to wait after the next failure: doubled each time, with jitter."""
+
+    def __init__(self, rng: Rng, first: float = FIRST_RETRY, last: float = LAST_RETRY) -> None:
+        self._rng = rng
+        self._first = first
+        self._last = last
+        self._next = first
+
+    def after_failure(self, *, at_most: float = LAST_RETRY) -> float:
+        """Return the seconds to wait now, no more than ``at_most``."""
+        delay = min(self._next, at_most)
+        self._next = min(self._next * 2, self._last)
+        # Without jitter, hosts that lost the same peer come back to it in step.
+        return delay * self._rng.uniform(0.5, 1.0)
+
+    def reset(self) -> None:
+        self._next = self._first
+
+
+@dataclass(slots=True)
+class _Failures:
+    backoff: Backoff
+    not_before: float
+
+
+class Dialler:
+    """Connects to peers of the ledger by whichever of their addresses works."""
+
+    def __init__(self, mesh: Mesh, ledger: Ledger, rng: Rng) -> None:
+        self._mesh = mesh
+        self._ledger = ledger
+        self._rng = rng
+        self._slots = trio.CapacityLimiter(MAX_DIALS)
+        self._under_way: dict[str, trio.Event] = {}
+        self._failures: dict[str, _Failures] = {}
+        self._worked: dict[str, str] = {}  # the address that last led to a peer
+
+    def is_linked(self, peer_id: str) -> bool:
+        return any(link.peer_id == peer_id for link in self._mesh.links())
+
+    def may_try(self, peer_id: str, now: float) -> bool:
+        """Whether nothing dials this peer already, and its backoff is over."""
+        failures = self._failures.get(peer_id)
+        return peer_id not in self._under_way and (failures is None or now >= failures.not_before)
+
+    def addrs_of(self, peer_id: str) -> tuple[str, ...]:
+        """Return where the peer says it can be dialled, the address that worked last first."""
+        entry = self._ledger.get(peer_id)
+        suffix = f"/p2p/{peer_id}"
+        told = entry.node.addrs if entry is not None else ()
+        addrs = [addr if "/p2p/" in addr else addr + suffix for addr in told]
+        addrs = [addr for addr in addrs if addr.endswith(suffix)]
+        if (worked := self._worked.get(peer_id)) is not None:
+            addrs.insert(0, worked)
+        return tuple(dict.fromkeys(addrs))
+
+    async def connect(self, peer_id: str, *, timeout: float = DIAL_TIMEOUT) -> None:
+        """Make a link to a peer of the ledger unless there is one.
+
+        Raises:
+            PeerUnreachable: none of its addresses led to it in time.
+            TokenRefused: it has another token.
+        """
+        if self.is_linked(peer_id):
+            return
+        if (other_dial := self._under_way.get(peer_id)) is not None:
+            with trio.move_on_after(timeout):
+                await other_dial.wait()
+            if not self.is_linked(peer_id):
+                raise PeerUnreachable(f"{peer_id} can't be reached")
+            return
+        try:
+            with trio.fail_after(timeout), self._marked_under_way(peer_id):
+                await self._try_addrs(peer_id)
+        except trio.TooSlowError as exc:
+            self._note_failure(peer_id)
+            raise PeerUnreachable(f"{peer_id} did not answer within {timeout:g} s") from exc
+        except MeshError:
+            self._note_failure(peer_id)
+            raise
+        self._failures.pop(peer_id, None)
+
+    async def dial(self, addr: str, *, timeout: float = DIAL_TIMEOUT) -> str:
+        """Connect to one address; return the peer ID found there. Raises as ``Mesh.dial``."""
+        expected = addr.rpartition("/p2p/")[2]
+        with self._marked_under_way(expected):
+            async with self._slots:
+                peer_id = await self._mesh.dial(addr, timeout=timeout)
+        self._remember(peer_id, addr)
+        return peer_id
+
+    async def _try_addrs(self, peer_id: str) -> None:
+        addrs = self.addrs_of(peer_id)
+        failure: MeshError = PeerUnreachable(f"{peer_id} told no address")
+        for number, addr in enumerate(addrs, start=1):
+            timeout = DIAL_TIMEOUT if number == len(addrs) else _ADDR_TIMEOUT
+            try:
+                async with self._slots:
+                    await self._mesh.dial(addr, timeout=timeout)
+            except TokenRefused:
+                raise  # its other addresses lead to the same token
+            except PeerUnreachable as exc:
+                failure = exc
+            except ConfigError as exc:
+                failure = PeerUnreachable(f"{peer_id} told a bad address: {exc}")
+            else:
+                self._remember(peer_id, addr)
+                return
+        raise failure
+
+    @contextmanager
+    def _marked_under_way(self, peer_id: str) -> Iterator[None]:
+        done = self._under_way.setdefault(peer_id, trio.Event())
+        try:
+            yield
+        finally:
+            self._under_way.pop(peer_id, None)
+            done.set()
+
+    def _note_failure(self, peer_id: str) -> None:
+        failures = self._failures.get(peer_id)
+        if failures is None:
+            if len(self._failures) >= _MAX_REMEMBERED:
+                self._failures.pop(next(iter(self._failures)))
+            failures = self._failures[peer_id] = _Failures(Backoff(self._rng), 0.0)
+        failures.not_before = trio.current_time() + failures.backoff.after_failure()
+
+    def _remember(self, peer_id: str, addr: str) -> None:
+        if len(self._worked) >= _MAX_REMEMBERED and peer_id not in self._worked:
+            self._worked.pop(next(iter(self._worked)))
+        self._worked[peer_id] = addr

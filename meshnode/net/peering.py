@@ -1,0 +1,260 @@
+"""How many links this node keeps, and to whom: bootstraps first, then whomever the ledger names.
+
+All of them while the mesh is small, some chosen at random once it is large: a random graph of six
+links each stays whole though a third of its nodes die, and needs its bootstraps no longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import structlog
+import trio
+
+from meshnode.core.ledger import Ledger, LedgerEntry
+from meshnode.errors import MeshError, PeerUnreachable, TokenRefused
+from meshnode.metrics import Metrics
+from meshnode.net.dialler import DIAL_TIMEOUT, LAST_RETRY, Backoff, Dialler
+from meshnode.net.ledger_sync import LedgerSync
+from meshnode.net.liveness import Liveness
+from meshnode.net.mesh import LinkEvent, LinkState, Mesh
+from meshnode.net.rng import Rng
+
+MIN_LINKS = 6
+ALL_LINKS_UP_TO = 30  # other nodes; above, MIN_LINKS of them are enough
+_FILL_INTERVAL = 0.5  # seconds
+# Of two that find each other at once, the one with the larger peer ID lets the other begin.
+_YIELD_FIRST = 0.3  # seconds
+# While alone, a bootstrap that comes back is found within this time.
+_ALONE_RETRY = 1.5  # seconds
+# A ledger is asked for soon after joining, when others may have joined unheard, then rarely.
+_FIRST_EXCHANGE = (4.0, 8.0)  # seconds, from and to
+_NEXT_EXCHANGE = (45.0, 75.0)
+# The lost are tried again a few at a time, so that two halves of a mesh find each other.
+_REUNITE_INTERVAL = (3.0, 5.0)
+_REUNITE_AT_ONCE = 3
+_REUNITE_WITHIN = 3600.0  # seconds since the last life sign
+# Strangers whose refusal was logged; enough not to fill a log with one misconfigured rack.
+_MAX_REFUSALS_LOGGED = 256
+
+log = structlog.get_logger(__name__)
+
+
+class Peering:
+    """Joins a mesh by its bootstraps, and keeps enough links to stay in it without them.
+
+    Args:
+        bootstraps: multiaddrs that end in ``/p2p/<peer ID>``; this node's own is skipped.
+        forget_load: told the peer ID of who was taken out of the candidates.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        ledger: Ledger,
+        sync: LedgerSync,
+        *,
+        bootstraps: Sequence[str],
+        forget_load: Callable[[str], None],
+        rng: Rng,
+        metrics: Metrics,
+        min_links: int = MIN_LINKS,
+        all_links_up_to: int = ALL_LINKS_UP_TO,
+    ) -> None:
+        self.joined = trio.Event()  # the first link stood, or no bootstrap was named
+        self._mesh = mesh
+        self._ledger = ledger
+        self._sync = sync
+        self._rng = rng
+        self._min_links = min_links
+        self._all_links_up_to = all_links_up_to
+        self._bootstraps = tuple(
+            addr for addr in dict.fromkeys(bootstraps) if not addr.endswith(f"/p2p/{mesh.peer_id}")
+        )
+        self._dialler = Dialler(mesh, ledger, rng)
+        self._liveness = Liveness(
+            mesh, ledger, self._dialler, forget_load=forget_load, metrics=metrics
+        )
+        self._events, self._heard_events = trio.open_memory_channel[LinkEvent](float("inf"))
+        self._links_changed = trio.Event()
+        self._needs_ledger = True
+        self._refused_by: dict[str, TokenRefused] = {}  # bootstraps, by address
+        self._refusals_logged: set[str] = set()
+        self._fatal: TokenRefused | None = None
+        self._nursery: trio.Nursery
+        mesh.watch_links(self._on_link)
+
+    async def run_forever(self) -> None:
+        """Join, and keep links until cancelled. Start it once the mesh runs.
+
+        Raises:
+            TokenRefused: no link ever stood, and every bootstrap refused this node's token.
+        """
+        async with trio.open_nursery() as self._nursery:
+            if not self._bootstraps:
+                self.joined.set()
+            for addr in self._bootstraps:
+                self._nursery.start_soon(self._keep_bootstrap_forever, addr)
+            self._nursery.start_soon(self._follow_links_forever)
+            self._nursery.start_soon(self._fill_links_forever)
+            self._nursery.start_soon(self._reunite_forever)
+            self._nursery.start_soon(self._exchange_ledgers_forever)
+            self._nursery.start_soon(self._liveness.keep_alive_forever)
+        if self._fatal is not None:
+            raise self._fatal
+
+    async def connect(self, peer_id: str, *, timeout: float) -> None:
+        """Make a link to a peer of the ledger unless there is one.
+
+        Raises:
+            PeerUnreachable: none of its addresses led to it in time.
+            TokenRefused: it has another token.
+        """
+        await self._dialler.connect(peer_id, timeout=timeout)
+
+    def report_unreachable(self, peer_id: str, error: str) -> None:
+        """Take a peer out of the candidates at once: a stream to it could not be opened."""
+        self._liveness.take_out(peer_id, "open_failed", error)
+
+    # Links
+
+    def _on_link(self, event: LinkEvent) -> None:
+        match event.state:
+            case LinkState.UP:
+                log.info("link_up", peer_id=event.peer_id, addr=event.addr, dialled=event.dialled)
+                self.joined.set()
+                self._liveness.link_came_up(event)
+            case LinkState.DOWN:
+                log.info("link_down", peer_id=event.peer_id, reason=event.reason)
+            case LinkState.REFUSED:
+                self._log_refusal(event)
+        self._links_changed.set()
+        self._links_changed = trio.Event()
+        self._events.send_nowait(event)
+
+    async def _follow_links_forever(self) -> None:
+        async for event in self._heard_events:
+            if event.state is LinkState.DOWN:
+                self._needs_ledger = self._needs_ledger or not self._mesh.links()
+                self._nursery.start_soon(self._liveness.link_went_down, event)
+            elif event.state is LinkState.UP and self._needs_ledger:
+                self._needs_ledger = False
+                self._nursery.start_soon(self._ask_for_ledger)
+
+    def _log_refusal(self, event: LinkEvent) -> None:
+        if event.peer_id not in self._refusals_logged:
+            if len(self._refusals_logged) < _MAX_REFUSALS_LOGGED:
+                self._refusals_logged.add(event.peer_id)
+            log.warning(
+                "membership_refused", peer_id=event.peer_id, addr=event.addr, reason=event.reason
+            )
+
+    # Bootstraps
+
+    async def _keep_bootstrap_forever(self, addr: str) -> None:
+        backoff = Backoff(self._rng)
+        reached = True  # so that the first failure is told
+        while True:
+            try:
+                peer_id = await self._dialler.dial(addr)
+            except TokenRefused as exc:
+                self._note_refusal(addr, exc)
+            except PeerUnreachable as exc:
+                self._refused_by.pop(addr, None)
+                if reached:
+                    log.warning("bootstrap_unreachable", addr=addr, error=str(exc))
+                reached = False
+            else:
+                self._refused_by.pop(addr, None)
+                reached = True
+                backoff.reset()
+                await self._link_lost(peer_id)
+            await self._back_off(backoff)
+
+    async def _link_lost(self, peer_id: str) -> None:
+        while self._dialler.is_linked(peer_id):
+            await self._links_changed.wait()
+
+    async def _back_off(self, backoff: Backoff) -> None:
+        """Wait before a bootstrap's next try: long in company, shortly when alone."""
+        now = trio.current_time()
+        in_company = now + backoff.after_failure(at_most=LAST_RETRY)
+        alone = now + self._rng.uniform(0.5, 1.0) * _ALONE_RETRY
+        while True:
+            until = in_company if self._mesh.links() else min(alone, in_company)
+            if until <= trio.current_time():
+                return
+            with trio.move_on_at(until):
+                await self._links_changed.wait()
+
+    def _note_refusal(self, addr: str, refusal: TokenRefused) -> None:
+        self._refused_by[addr] = refusal
+        # Once joined, a bootstrap with another token is a stranger like any other.
+        if not self.joined.is_set() and len(self._refused_by) == len(self._bootstraps):
+            self._fatal = refusal
+            self._nursery.cancel_scope.cancel()
+
+    # Enough links
+
+    async def _fill_links_forever(self) -> None:
+        while True:
+            for peer_id in self._whom_to_dial(trio.current_time()):
+                self._nursery.start_soon(self._try_to_connect, peer_id)
+            await trio.sleep(_FILL_INTERVAL * self._rng.uniform(0.8, 1.2))
+
+    def _whom_to_dial(self, now: float) -> list[str]:
+        """Return peers to dial now, chosen at random, so that links after them are enough."""
+        others = [e.peer_id for e in self._ledger.online(now) if e.peer_id != self._mesh.peer_id]
+        linked = {link.peer_id for link in self._mesh.links()}
+        wanted = len(others) if len(others) <= self._all_links_up_to else self._min_links
+        missing = wanted - len(linked)
+        if missing <= 0:
+            return []
+        free = [p for p in others if p not in linked and self._dialler.may_try(p, now)]
+        return self._rng.sample(free, min(missing, len(free)))
+
+    async def _try_to_connect(self, peer_id: str) -> None:
+        if self._mesh.peer_id > peer_id:
+            await trio.sleep(self._rng.uniform(0.5, 1.0) * _YIELD_FIRST)
+        try:
+            await self._dialler.connect(peer_id, timeout=DIAL_TIMEOUT)
+        except MeshError as exc:
+            log.debug("dial_failed", peer_id=peer_id, error=str(exc))
+
+    async def _reunite_forever(self) -> None:
+        while True:
+            await trio.sleep(self._rng.uniform(*_REUNITE_INTERVAL))
+            now = trio.current_time()
+            lost = [e.peer_id for e in self._ledger.entries() if self._is_lost(e, now)]
+            for peer_id in self._rng.sample(lost, min(_REUNITE_AT_ONCE, len(lost))):
+                self._nursery.start_soon(self._try_to_connect, peer_id)
+
+    def _is_lost(self, entry: LedgerEntry, now: float) -> bool:
+        return (
+            entry.state_at(now) == "offline"
+            and now - entry.last_seen < _REUNITE_WITHIN
+            and not self._dialler.is_linked(entry.peer_id)
+        )
+
+    # Ledgers
+
+    async def _ask_for_ledger(self) -> None:
+        """Ask one peer after another until one has handed over its ledger."""
+        while links := self._mesh.links():
+            peer_id = self._rng.choice(links).peer_id
+            try:
+                await self._sync.fetch(peer_id)
+            except MeshError as exc:
+                log.info("ledger_not_fetched", peer_id=peer_id, error=str(exc))
+                await trio.sleep(self._rng.uniform(0.5, 1.0))
+            else:
+                return
+        self._needs_ledger = True
+
+    async def _exchange_ledgers_forever(self) -> None:
+        await self.joined.wait()
+        await trio.sleep(self._rng.uniform(*_FIRST_EXCHANGE))
+        while True:
+            if self._mesh.links():
+                await self._ask_for_ledger()
+            await trio.sleep(self._rng.uniform(*_NEXT_EXCHANGE))
