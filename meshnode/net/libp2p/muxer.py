@@ -1,0 +1,534 @@
+"""/yamux/1.0.0 under trio, behind libp2p's own interfaces.
+
+All rules are in ``yamux.py``. Here are the tasks: one that reads, and one that writes, so that
+nothing is ever cancelled between encrypting a message (the nonce has moved) and having sent it.
+Whoever reads, writes or opens a stream only touches the state machine, in steps without an await
+between them, and waits outside of it; cancelling one harms nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from types import TracebackType
+
+import structlog
+import trio
+from libp2p.abc import IHost, IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.connection_types import ConnectionType
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import (
+    MuxedConnUnavailable,
+    MuxedStreamClosed,
+    MuxedStreamEOF,
+    MuxedStreamError,
+    MuxedStreamReset,
+)
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID
+from multiaddr import Multiaddr
+
+from meshnode.errors import PeerRefused, PeerUnreachable, StreamClosed, StreamReset, WireError
+from meshnode.metrics import Metrics
+from meshnode.net.libp2p.secure_channel import channel_over
+from meshnode.net.libp2p.yamux import Connection
+from meshnode.net.libp2p.yamux_frames import GO_AWAY_NORMAL, GO_AWAY_PROTOCOL_ERROR, Limits
+from meshnode.net.libp2p.yamux_stream import Stream
+
+# What one write carries at most: four full noise messages, as much as one read takes.
+_MESSAGES_PER_WRITE = 4
+# How long closing waits for queued data to leave; then a little longer for the GO_AWAY and for
+# the other side to close, since closing first would destroy what it has not read yet.
+_FLUSH_LIMIT = 1.0  # seconds
+_GOODBYE_LIMIT = 0.25  # seconds
+# How long an abandoned stream waits for the other side to finish too.
+_LINGER = 30.0  # seconds
+# libp2p's reaction to a lost connection may notify a dozen parts; it must not hold up a node's end.
+_ON_CLOSE_LIMIT = 3.0  # seconds
+
+_log = structlog.get_logger(__name__)
+
+
+class StreamLimitReached(PeerRefused, MuxedStreamError):  # noqa: N818 - as in errors.py
+    """This connection has as many streams of ours as it may."""
+
+
+class ConnectionEnded(PeerUnreachable, MuxedConnUnavailable):
+    """The connection is closing, or has ended."""
+
+
+class YamuxStream(IMuxedStream):
+    """One stream, under the names of ``net/mesh.ByteStream`` and under libp2p's."""
+
+    muxed_conn: YamuxConn
+
+    def __init__(self, conn: YamuxConn, state: Stream) -> None:
+        self.muxed_conn = conn
+        self._state = state
+        self._readable: trio.Event | None = None
+        self._writable: trio.Event | None = None
+        self._sending = trio.Lock()
+        state.on_readable = self._wake_reader
+        state.on_writable = self._wake_writer
+
+    def __repr__(self) -> str:
+        return f"<yamux stream {self._state.id} with {self.muxed_conn.peer_id}>"
+
+    # As net/mesh.ByteStream; that is where the calls are described.
+
+    async def receive_some(self, max_bytes: int = 65536) -> bytes:
+        """Return 1 to ``max_bytes`` bytes, or ``b""`` at the other side's clean end."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        # Taking bytes and crediting the other side is one step: a cancel falls before or after.
+        while (data := self._state.read(max_bytes)) is None:
+            self.muxed_conn.kick()
+            if self._readable is None:
+                self._readable = trio.Event()
+            await self._readable.wait()
+        self.muxed_conn.kick()
+        return data
+
+    async def send_all(self, data: bytes) -> None:
+        """Queue all of ``data``, waiting as long as the reader needs for all but a buffer of it."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        view = memoryview(data if isinstance(data, bytes) else bytes(data))
+        try:
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            while True:
+                view = view[self._state.write(view) :]
+                self.muxed_conn.kick()
+                if not view:
+                    return
+                if self._writable is None:
+                    self._writable = trio.Event()
+                await self._writable.wait()
+        finally:
+            self._sending.release()
+
+    async def send_eof(self) -> None:
+        """Say that nothing more will be sent; receiving goes on."""
+        self._state.finish()
+        self.muxed_conn.kick()
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        """Finish sending, and let go of what still comes."""
+        self._state.abandon()
+        self._wake_reader()
+        self.muxed_conn.linger(self._state)
+        self.muxed_conn.kick()
+        await trio.lowlevel.checkpoint()
+
+    def abort(self) -> None:
+        """Abort both ways at once. Never waits or raises."""
+        self._state.reset()
+        self.muxed_conn.kick()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether both sides are done with the stream."""
+        return self._state.gone
+
+    # As libp2p's IMuxedStream.
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Return 1 to ``n`` bytes, or all that came if ``n`` is None or -1.
+
+        Raises:
+            MuxedStreamEOF: the other side ended the stream.
+            MuxedStreamReset: the stream was reset, or its connection died.
+        """
+        if n == 0:
+            return b""
+        self.muxed_conn.unlinger(self._state)
+        try:
+            data = await self.receive_some(
+                self._state.window if n is None or n < 0 else n,
+            )
+        except (StreamReset, StreamClosed) as exc:
+            raise MuxedStreamReset(str(exc)) from exc
+        if not data:
+            raise MuxedStreamEOF("the other side ended the stream")
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Send all of ``data``.
+
+        Raises:
+            MuxedStreamClosed: this side ended the stream.
+            MuxedStreamReset: the stream was reset, or its connection died.
+        """
+        try:
+            await self.send_all(data)
+        except StreamReset as exc:
+            raise MuxedStreamReset(str(exc)) from exc
+        except StreamClosed as exc:
+            raise MuxedStreamClosed(str(exc)) from exc
+
+    async def close_write(self) -> None:
+        """As ``send_eof``."""
+        await self.send_eof()
+
+    async def close(self) -> None:
+        """End the sending side.
+
+        libp2p's users may go on reading. Those that do not leave the stream to the linger.
+        """
+        self._state.finish()
+        self.muxed_conn.linger(self._state)
+        self.muxed_conn.kick()
+        await trio.lowlevel.checkpoint()
+
+    async def reset(self) -> None:
+        """As ``abort``."""
+        self.abort()
+        await trio.lowlevel.checkpoint()
+
+    def set_deadline(self, ttl: int) -> None:
+        """Refuse: cancel scopes do this here."""
+        raise NotImplementedError("use a trio cancel scope")
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Return the connection's remote host and port."""
+        return self.muxed_conn.get_remote_address()
+
+    async def __aenter__(self) -> YamuxStream:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        if exc_type is None:
+            await self.aclose()
+        else:
+            self.abort()
+
+    def _wake_reader(self) -> None:
+        if self._readable is not None:
+            self._readable.set()
+            self._readable = None
+
+    def _wake_writer(self) -> None:
+        if self._writable is not None:
+            self._writable.set()
+            self._writable = None
+
+
+class YamuxConn(IMuxedConn):
+    """One connection and its streams."""
+
+    def __init__(
+        self,
+        conn: ISecureConn,
+        peer_id: ID,
+        *,
+        limits: Limits | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.secured_conn = conn
+        self.peer_id = peer_id
+        self.on_close: Callable[[], Awaitable[None]] | None = None  # set by libp2p's SwarmConn
+        self.event_started = trio.Event()
+        self.event_closed = trio.Event()
+        self.last_received = trio.current_time()
+        self._metrics = metrics
+        self._core = Connection(is_initiator=conn.is_initiator, limits=limits)
+        self._channel = channel_over(conn)
+        self._output = trio.Event()
+        self._arrivals = trio.Event()
+        self._pings: dict[int, trio.Event] = {}
+        self._lingering: dict[Stream, float] = {}  # stream -> when to reset it, oldest first
+        self._lingers = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._is_closing = False
+        self._has_ended = False
+        self._reason = "the connection was lost"
+
+    def __repr__(self) -> str:
+        return f"<yamux connection with {self.peer_id}, {self.stream_count} streams>"
+
+    @property
+    def stream_count(self) -> int:
+        """How many streams are open."""
+        return self._core.stream_count
+
+    @property
+    def stream_limit(self) -> int:
+        """How many streams each side may have open."""
+        return self._core.limits.streams
+
+    @property
+    def reason(self) -> str:
+        """Why the connection ended, in words for people."""
+        return self._reason
+
+    @property
+    def is_initiator(self) -> bool:
+        """Whether this side dialled."""
+        return self.secured_conn.is_initiator
+
+    @property
+    def is_established(self) -> bool:
+        """Whether streams can be opened."""
+        return self._nursery is not None and not (self._is_closing or self._has_ended)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection is over, its socket included."""
+        return self.event_closed.is_set()
+
+    async def start(self) -> None:
+        """Carry the connection until it ends; never raises for what the other side does."""
+        try:
+            if self._is_closing:
+                return
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._read_until_end)
+                nursery.start_soon(self._write_until_goodbye)
+                nursery.start_soon(self._end_lingering_forever)
+                self.event_started.set()
+        finally:
+            await self._finish()
+
+    async def close(self, error_code: int = GO_AWAY_NORMAL) -> None:
+        """Send what is queued (for at most a second), say goodbye, close the socket."""
+        self._begin_to_close("closed on this side", error_code, _FLUSH_LIMIT)
+        if self._nursery is None:
+            await self._finish()
+        await self.event_closed.wait()
+
+    async def open_stream(self) -> YamuxStream:
+        """Open a stream. Never waits: the other side hears of it with the first bytes.
+
+        Raises:
+            StreamLimitReached: close some first.
+            ConnectionEnded: the connection is closing or has ended.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            state = self._core.open()
+        except PeerRefused as exc:
+            raise StreamLimitReached(str(exc)) from exc
+        except PeerUnreachable as exc:
+            raise ConnectionEnded(str(exc)) from exc
+        return YamuxStream(self, state)
+
+    async def accept_stream(self) -> YamuxStream:
+        """Wait for a stream that the other side opens.
+
+        Raises:
+            ConnectionEnded: there will be none.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while (state := self._core.accept()) is None:
+            if self._has_ended or self._is_closing:
+                raise ConnectionEnded(self._reason)
+            self._arrivals = trio.Event()
+            await self._arrivals.wait()
+        return YamuxStream(self, state)
+
+    async def ping(self, timeout: float) -> float:
+        """Return one round trip of the connection in seconds.
+
+        Raises:
+            ConnectionEnded: it ended before an answer came.
+            trio.TooSlowError: no answer in time.
+        """
+        if self._has_ended or self._is_closing:
+            raise ConnectionEnded(self._reason)
+        opaque = self._core.ping()
+        answered = self._pings[opaque] = trio.Event()
+        self.kick()
+        asked_at = trio.current_time()
+        try:
+            with trio.fail_after(timeout):
+                await answered.wait()
+        finally:
+            self._pings.pop(opaque, None)
+        if self._has_ended:
+            raise ConnectionEnded(self._reason)
+        return trio.current_time() - asked_at
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """Return the remote host and port, where known."""
+        return self.secured_conn.get_remote_address()
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        """Return the addresses this connection really uses."""
+        return self.secured_conn.get_transport_addresses()
+
+    def get_connection_type(self) -> ConnectionType:
+        """Return whether the connection is direct or relayed."""
+        return self.secured_conn.get_connection_type()
+
+    # For the streams of this connection.
+
+    def kick(self) -> None:
+        """Let the writer look at what there is to send."""
+        if self._core.has_output:
+            self._output.set()
+
+    def linger(self, state: Stream) -> None:
+        """Reset the stream if the other side has not finished it after a while."""
+        if not state.gone:
+            self._lingering[state] = trio.current_time() + _LINGER
+            self._lingers.set()
+
+    def unlinger(self, state: Stream) -> None:
+        """Somebody reads on: the stream is theirs to end."""
+        if self._lingering:
+            self._lingering.pop(state, None)
+
+    # The tasks.
+
+    async def _read_until_end(self) -> None:
+        reason = "closed by the peer"
+        try:
+            while messages := await self._channel.receive():
+                self.last_received = trio.current_time()
+                for message in messages:
+                    self._core.receive(message)
+                self._after_input()
+        except PeerUnreachable as exc:
+            reason = str(exc)
+        except WireError as exc:
+            self._blame_peer(exc)
+            # What it said before its fault may hold whole answers; what comes is not read.
+            return
+        self._stop(reason)
+
+    def _after_input(self) -> None:
+        if self._core.backlog:
+            self._arrivals.set()
+        for opaque in self._core.pongs:
+            if answered := self._pings.get(opaque):
+                answered.set()
+        self._core.pongs.clear()
+        self.kick()
+
+    async def _write_until_goodbye(self) -> None:
+        core = self._core
+        try:
+            while not core.said_goodbye:
+                messages: list[bytes] = []
+                while core.has_output and len(messages) < _MESSAGES_PER_WRITE:
+                    if message := core.next_message():
+                        messages.append(message)
+                if messages:
+                    await self._channel.send(messages)
+                else:
+                    self._output = trio.Event()
+                    await self._output.wait()
+            await self._channel.send_eof()
+            # The other side reads what came and closes in turn, unless it is not there any more.
+            self._close_by(trio.current_time() + _GOODBYE_LIMIT)
+        except PeerUnreachable as exc:
+            self._stop(str(exc))
+
+    async def _end_lingering_forever(self) -> None:
+        while True:
+            self._lingers = trio.Event()
+            await self._lingers.wait()
+            while self._lingering:
+                state, deadline = next(iter(self._lingering.items()))
+                if not state.gone and deadline > trio.current_time():
+                    await trio.sleep_until(deadline)
+                    # It may have been taken up again meanwhile.
+                    if self._lingering.get(state) != deadline:
+                        continue
+                self._lingering.pop(state, None)
+                state.reset()
+                self.kick()
+
+    # The end.
+
+    def _begin_to_close(self, reason: str, code: int, flush_limit: float) -> None:
+        if self._is_closing:
+            return
+        self._is_closing = True
+        self._reason = reason
+        self._arrivals.set()
+        self._core.say_goodbye(code)
+        self._output.set()
+        if self._nursery is not None and not self._has_ended:
+            self._close_by(trio.current_time() + flush_limit + _GOODBYE_LIMIT)
+            self._nursery.start_soon(self._hurry_after, flush_limit)
+
+    async def _hurry_after(self, seconds: float) -> None:
+        await trio.sleep(seconds)
+        self._core.hurry()
+        self._output.set()
+
+    def _close_by(self, deadline: float) -> None:
+        if self._nursery is not None:
+            scope = self._nursery.cancel_scope
+            scope.deadline = min(scope.deadline, deadline)
+
+    def _blame_peer(self, fault: WireError) -> None:
+        _log.warning("yamux fault", peer_id=str(self.peer_id), code=fault.code, error=str(fault))
+        if self._metrics is not None:
+            self._metrics.protocol_faults.labels(protocol="yamux", code=fault.code).inc()
+        self._begin_to_close(str(fault), GO_AWAY_PROTOCOL_ERROR, 0.0)
+        self._core.end(self._reason)
+
+    def _stop(self, reason: str) -> None:
+        """End the tasks: nothing more can be read or written."""
+        if not self._is_closing:
+            self._reason = reason
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    async def _finish(self) -> None:
+        """Cut off what is left and tell everybody, once."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        self._core.end(self._reason)
+        self._lingering.clear()
+        self._arrivals.set()
+        for answered in self._pings.values():
+            answered.set()
+        with trio.move_on_after(_FLUSH_LIMIT, shield=True):
+            try:
+                await self.secured_conn.close()
+            except (BaseLibp2pError, OSError, trio.BrokenResourceError) as exc:
+                _log.debug("closing a connection failed", error=str(exc))
+        self.event_closed.set()
+        self.event_started.set()
+        if self.on_close is not None:
+            with trio.move_on_after(_ON_CLOSE_LIMIT, shield=True):
+                await self.on_close()
+
+
+class OurMuxerMultistream(MuxerMultistream):
+    """libp2p's negotiation of the muxer, which answers /yamux/1.0.0 with its own class always."""
+
+    def __init__(self, negotiate_timeout: int, metrics: Metrics | None) -> None:
+        super().__init__(muxer_options(), negotiate_timeout)
+        self._metrics = metrics
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        """Agree on yamux, and return a connection of ours, not yet started."""
+        protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        muxed = YamuxConn(conn, peer_id, metrics=self._metrics)
+        return self._annotate_connection(muxed, conn, protocol)
+
+
+def muxer_options() -> Mapping[TProtocol, type[IMuxedConn]]:
+    """Return the one muxer to offer. The class alone has no effect without ``use_our_muxer``."""
+    return {TProtocol(PROTOCOL_ID): YamuxConn}
+
+
+def use_our_muxer(host: IHost, *, metrics: Metrics | None = None) -> None:
+    """Give every connection that ``host`` makes from now on our yamux, and offer nothing else."""
+    upgrader = host.get_network().upgrader  # type: ignore[attr-defined]
+    stock = upgrader.muxer_multistream
+    upgrader.muxer_multistream = OurMuxerMultistream(stock.negotiate_timeout, metrics)
