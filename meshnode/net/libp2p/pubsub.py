@@ -378,8 +378,11 @@ class _Pubsub(Pubsub):
         if len(rpc.subscriptions) > MAX_TOPICS_PER_PEER:
             raise WireError("too_many_subscriptions", f"{len(rpc.subscriptions)} in one RPC")
         for subscription in rpc.subscriptions:
-            if len(subscription.topicid) <= MAX_TOPIC_BYTES:
-                self.handle_subscription(peer_id, subscription)
+            topic = subscription.topicid
+            # Protobuf hands out bad UTF-8 as bytes.
+            if not isinstance(topic, str) or len(topic) > MAX_TOPIC_BYTES:
+                raise WireError("bad_topic", f"{len(topic)} long, or no UTF-8")
+            self.handle_subscription(peer_id, subscription)
         if rpc.HasField("control"):
             await self.router.handle_rpc(rpc, peer_id)
 

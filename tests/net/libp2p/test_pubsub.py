@@ -117,6 +117,11 @@ async def subscribed(a: Node, b: Node, topic: str = TOPIC) -> None:
     await inner.wait_for_subscription(b.host.get_id(), topic)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await trio.lowlevel.checkpoint()
+
+
 async def linked(a: Node, b: Node) -> None:
     await link(a, b)
     await subscribed(a, b)
@@ -223,6 +228,8 @@ async def test_a_node_that_restarts_after_a_burst_is_heard_at_once() -> None:
                     await a.pubsub.publish(TOPIC, b"%d" % number)
                 await b.wait_heard(60)
             b.pubsub.dismiss(a.peer_id)
+            # The stock host leaves its sockets open, so b can't see that a is gone.
+            await b.host.get_network().close_peer(a.host.get_id())
             async with running(key_pair) as a:
                 await linked(a, b)
                 await a.pubsub.publish(TOPIC, b"back")
@@ -303,19 +310,17 @@ async def test_an_unadmitted_peer_gets_no_message_and_gives_none() -> None:
             await linked(a, b)
             stranger.pubsub.admit(a.peer_id)
             await connect(stranger, a)
-            await stranger.pubsub._pubsub.wait_for_peer(a.host.get_id())
+            await until(lambda: a.faults("not_a_member") > 0)
             await stranger.pubsub.publish(TOPIC, b"let me in")
             await a.pubsub.publish(TOPIC, b"for members")
             await b.wait_heard(1)
-            while not a.faults("not_a_member"):
-                await trio.lowlevel.checkpoint()
             assert stranger.peer_id not in map(str, a.pubsub._pubsub.peers)
             assert (a.heard, stranger.heard) == ([], [])
 
             a.pubsub.admit(stranger.peer_id)
             await subscribed(stranger, a)
             await stranger.pubsub.publish(TOPIC, b"thank you")
-            await a.wait_heard(1)
+            await until(lambda: (stranger.peer_id, b"thank you") in a.heard)
 
 
 async def test_a_dismissed_peer_gets_and_gives_nothing_more() -> None:
@@ -327,8 +332,7 @@ async def test_a_dismissed_peer_gets_and_gives_nothing_more() -> None:
             await a.pubsub.publish(TOPIC, b"for b alone")
             await c.pubsub.publish(TOPIC, b"for nobody")
             await b.wait_heard(1)
-            while not a.faults("not_a_member"):
-                await trio.lowlevel.checkpoint()
+            await until(lambda: a.faults("not_a_member") > 0)
             assert (a.heard, c.heard) == ([], [])
 
 
@@ -345,14 +349,13 @@ async def test_twenty_teardowns_raise_nothing_and_log_nothing(
 ) -> None:
     with trio.fail_after(60):
         for _ in range(20):
-            with caplog.at_level(logging.WARNING, "libp2p.pubsub"):
+            with caplog.at_level(logging.WARNING):
                 async with running() as a, running() as b:
                     await linked(a, b)
                     for number in range(5):
                         await a.pubsub.publish(TOPIC, b"%d" % number)
                         await b.pubsub.publish(TOPIC, b"%d" % number)
-    records = [r for r in caplog.records if "pubsub" in r.name or "pubsub" in r.getMessage()]
-    assert records == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 # What a peer may send
@@ -411,7 +414,15 @@ BAD_RPCS = {
     "bad UTF-8 in a topic": (
         # subscriptions { subscribe: true, topicid: "\xff" }
         b"\x07\x0a\x05\x08\x01\x12\x01\xff",
-        "bad_protobuf",
+        "bad_topic",
+    ),
+    "a topic of 257 characters": (
+        encode_frame(
+            rpc_pb2.RPC(
+                subscriptions=[rpc_pb2.RPC.SubOpts(subscribe=True, topicid="t" * 257)],
+            )
+        ),
+        "bad_topic",
     ),
     "too many subscriptions": (
         encode_frame(
