@@ -1,0 +1,157 @@
+"""Hypercorn's trio worker over a socket that this program bound itself.
+
+Binding apart from serving gives a clear error before anything else starts, and the port that was
+chosen for port 0. Hypercorn's connection handler is run from an accept loop of our own, because
+its own one shields sends without a limit: one client that never reads would hold up the end of
+the node for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from functools import partial
+
+import structlog
+import trio
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from hypercorn.utils import wrap_app
+from starlette.types import ASGIApp
+
+from meshnode.errors import ListenFailed
+
+# A dashboard and a few scripts need ten; each costs a task and some kilobytes.
+MAX_CONNECTIONS = 256
+# What is being answered when the node ends may take this long to its end.
+GRACE = 0.5  # seconds
+# After it connections are cut; Hypercorn then closes within one more turn of the loop.
+CUT_GRACE = 0.4  # seconds
+_KEEP_ALIVE = 10.0  # seconds; also how long a client may take to send its first request
+
+_log = structlog.get_logger(__name__)
+
+
+def bind(host: str, port: int, *, setting: str) -> socket.socket:
+    """Return a listening TCP socket; ``setting`` names what asked for it, for the error.
+
+    Raises:
+        ListenFailed: the address is taken, not this machine's, or not permitted.
+    """
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, protocol)
+    except OSError as exc:
+        raise ListenFailed(f"{setting}={where} can't be listened on: {exc.strerror}") from exc
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except OSError as exc:
+        sock.close()
+        raise ListenFailed(
+            f"{setting}={where} can't be listened on: {exc.strerror}; "
+            "choose another port, or 0 for any free one"
+        ) from exc
+    return sock
+
+
+async def serve_forever(
+    app: ASGIApp,
+    sock: socket.socket,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve ``app`` on ``sock`` until cancelled; then finish within a second and close it."""
+    server = _Server(app)
+    stop = trio.Event()
+    async with trio.SocketListener(trio.socket.from_stdlib_socket(sock)) as listener:
+        async with trio.open_nursery() as nursery:
+            # Apart, and shielded: connections outlive the cancellation by the grace.
+            nursery.start_soon(server.serve, listener, stop)
+            try:
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                stop.set()
+
+
+class _Server:
+    """What all connections of one server share."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = wrap_app(app, 0, "asgi")  # type: ignore[arg-type]
+        self._config = _hypercorn_config()
+        self._context = WorkerContext(None)
+        self._streams: set[trio.SocketStream] = set()
+        self._empty = trio.Event()
+        self._empty.set()
+
+    async def serve(self, listener: trio.SocketListener, stop: trio.Event) -> None:
+        """Accept until ``stop`` is set, then end every connection within the grace."""
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as connections:
+                async with trio.open_nursery() as accepting:
+                    accepting.start_soon(
+                        partial(
+                            trio.serve_listeners,
+                            self._serve_connection,
+                            [listener],
+                            handler_nursery=connections,
+                        )
+                    )
+                    await stop.wait()
+                    accepting.cancel_scope.cancel()
+                await self._end(connections.cancel_scope)
+
+    async def _serve_connection(self, stream: trio.SocketStream) -> None:
+        if len(self._streams) >= MAX_CONNECTIONS:
+            _log.warning("control API is full", connections=len(self._streams))
+            await trio.aclose_forcefully(stream)
+            return
+        self._streams.add(stream)
+        self._empty = trio.Event() if self._empty.is_set() else self._empty
+        try:
+            await self._guard_connection(stream)
+        finally:
+            self._streams.discard(stream)
+            stream.socket.close()
+            if not self._streams:
+                self._empty.set()
+
+    async def _guard_connection(self, stream: trio.SocketStream) -> None:
+        """Keep what goes wrong on one connection from ending the node."""
+        try:
+            await TCPServer(
+                self._app,
+                self._config,
+                self._context,
+                ConnectionState({}),
+                stream,  # type: ignore[arg-type]
+            )
+        except Exception as exc:  # noqa: BLE001
+            _log.error("control API connection failed", error=repr(exc))
+
+    async def _end(self, connections: trio.CancelScope) -> None:
+        await self._context.terminated.set()  # idle connections close by themselves
+        with trio.move_on_after(GRACE):
+            await self._empty.wait()
+        for stream in tuple(self._streams):
+            stream.socket.close()  # wakes up a send that waits, shielded, for a slow reader
+        connections.deadline = trio.current_time() + CUT_GRACE
+
+
+def _hypercorn_config() -> HypercornConfig:
+    config = HypercornConfig()
+    config.accesslog = None
+    # What an application raises is logged by the application; the rest is what clients do.
+    config.errorlog = logging.getLogger("meshnode.http.hypercorn")
+    config.errorlog.setLevel(logging.CRITICAL)
+    config.include_server_header = False
+    config.keep_alive_timeout = _KEEP_ALIVE
+    return config

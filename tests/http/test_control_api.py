@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import httpx
+import pytest
+import trio
+from prometheus_client import CollectorRegistry, Gauge
+
+from meshnode.errors import ListenFailed, NoCandidate
+from meshnode.http.control_api import build_app
+from meshnode.http.server import bind, serve_forever
+
+
+class SomeNode:
+    ready = True
+
+    def status(self):
+        return {"peer_id": "12D3me"}
+
+    def peers(self):
+        return {"self": "12D3me", "peers": [{"peer_id": "12D3me"}] * 20_000}
+
+    def decisions(self):
+        return {"decisions": []}
+
+    def explain(self, service, target):
+        if service == "none":
+            raise NoCandidate("nobody offers none")
+        if service == "bug":
+            raise ZeroDivisionError("oops")
+        return {"service_id": service, "target": target}
+
+    def readiness(self):
+        return self.ready, [] if self.ready else ["no peer yet"]
+
+    def metrics(self):
+        registry = CollectorRegistry()
+        Gauge("meshnode_peers", "h", ["state"], registry=registry).labels("up").set(3)
+        return registry
+
+
+async def serve(nursery, node, **more) -> int:
+    sock = bind("127.0.0.1", 0, setting="api")
+    port = sock.getsockname()[1]
+    await nursery.start(serve_forever, build_app(node, **more), sock)
+    return port
+
+
+@pytest.fixture
+async def api(nursery):
+    port = await serve(nursery, SomeNode())
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        with trio.fail_after(20):
+            yield client
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/api/status", "/api/decisions"])
+async def test_each_page_is_json_with_a_schema_version(api, path):
+    answer = await api.get(path)
+    assert answer.status_code == 200
+    assert answer.json()["schema_version"] == 1
+    assert answer.headers["cache-control"] == "no-store"
+    assert "server" not in answer.headers
+
+
+async def test_a_node_that_is_not_ready_says_what_is_missing(nursery):
+    node = SomeNode()
+    node.ready = False
+    port = await serve(nursery, node)
+    with trio.fail_after(10):
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(f"http://127.0.0.1:{port}/readyz")
+    assert answer.status_code == 503
+    assert answer.json()["missing"] == ["no peer yet"]
+
+
+async def test_metrics_are_prometheus_text(api):
+    answer = await api.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert 'meshnode_peers{state="up"} 3.0' in answer.text
+
+
+async def test_explain_takes_service_and_target(api):
+    answer = await api.get("/api/explain", params={"service": "llm", "target": "gpu1"})
+    assert answer.json() == {"schema_version": 1, "service_id": "llm", "target": "gpu1"}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code", "param"),
+    [
+        ("GET", "/nothing", 404, "not_found", None),
+        ("GET", "/healthz/", 404, "not_found", None),
+        ("POST", "/api/status", 405, "method_not_allowed", None),
+        ("GET", "/api/explain?colour=red", 400, "unknown_parameter", "colour"),
+        ("GET", "/api/explain?service=" + "x" * 300, 400, "too_long", "service"),
+        ("GET", "/api/explain?service=none", 503, "no_candidate", None),
+        ("GET", "/api/explain?service=bug", 500, "internal_error", None),
+    ],
+)
+async def test_every_error_is_json(api, method, path, status, code, param):
+    answer = await api.request(method, path)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "code", "param"}
+    assert (error["code"], error["param"]) == (code, param)
+    assert "oops" not in answer.text
+
+
+async def test_a_method_that_is_not_allowed_names_those_that_are(api):
+    assert "GET" in (await api.delete("/api/peers")).headers["allow"]
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "192.168.1.7", ""])
+async def test_a_page_that_rebinds_its_name_to_loopback_is_turned_away(api, host):
+    answer = await api.get("/api/peers", headers={"Host": host})
+    assert answer.status_code in (400, 403)
+    assert "12D3me" not in answer.text
+
+
+@pytest.mark.parametrize("host", ["localhost:4280", "LOCALHOST", "[::1]:4280", "127.0.0.1"])
+async def test_loopback_names_are_served(api, host):
+    assert (await api.get("/healthz", headers={"Host": host})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (None, 401),
+        ("Bearer wrong", 401),
+        ("Bearer secret-é", 401),
+        ("Basic secret-secret-secret", 401),
+        ("Bearer secret-secret-secret", 200),
+        ("bearer  secret-secret-secret", 200),
+    ],
+)
+async def test_with_a_key_nothing_is_told_without_it(nursery, header, status):
+    port = await serve(nursery, SomeNode(), api_key="secret-secret-secret")
+    headers = [(b"authorization", header.encode("latin-1"))] if header else []
+    with trio.fail_after(10):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            assert (await client.get("/api/status", headers=headers)).status_code == status
+            assert (await client.get("/healthz", headers=headers)).status_code == 200
+
+
+async def test_with_a_key_an_address_is_a_good_host_but_a_name_is_not(nursery):
+    port = await serve(nursery, SomeNode(), api_key="k" * 16, allowed_hosts=["gpu1.lan"])
+    with trio.fail_after(10):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            for host, status in [("192.168.1.7", 200), ("gpu1.lan", 200), ("evil.example", 403)]:
+                answer = await client.get("/healthz", headers={"Host": host})
+                assert answer.status_code == status
+
+
+async def test_what_is_no_http_does_not_end_the_server(api):
+    async with await trio.open_tcp_stream("127.0.0.1", api.base_url.port) as stream:
+        await stream.send_all(b"\x16\x03\x01\x00garbage\r\n\r\n")
+        async for _ in stream:
+            pass
+    assert (await api.get("/healthz")).status_code == 200
+
+
+async def test_a_port_in_use_is_named_with_its_setting():
+    with bind("127.0.0.1", 0, setting="api") as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(ListenFailed, match=f"api=127.0.0.1:{port} .*in use.*another port"):
+            bind("127.0.0.1", port, setting="api")
+
+
+async def test_an_address_of_another_machine_can_not_be_bound():
+    with pytest.raises(ListenFailed, match=r"proxy=192\.0\.2\.1:80 can't be listened on"):
+        bind("192.0.2.1", 80, setting="proxy")
+
+
+async def test_it_stops_within_a_second_though_clients_idle_or_never_read(nursery):
+    sock = bind("127.0.0.1", 0, setting="api")
+    port = sock.getsockname()[1]
+    with trio.fail_after(20):
+        async with trio.open_nursery() as server:
+            await server.start(serve_forever, build_app(SomeNode()), sock)
+            idle = await trio.open_tcp_stream("127.0.0.1", port)
+            async with idle, httpx.AsyncClient() as kept:
+                await kept.get(f"http://127.0.0.1:{port}/healthz")
+                deaf = trio.socket.socket()
+                deaf.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_RCVBUF, 4096)
+                await deaf.connect(("127.0.0.1", port))
+                for _ in range(20):
+                    await deaf.send(b"GET /api/peers HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                await deaf.recv(1)
+                started = trio.current_time()
+                server.cancel_scope.cancel()
+        assert trio.current_time() - started < 1.0
+        deaf.close()
+        with pytest.raises(OSError, match=f"127.0.0.1:{port}|refused"):
+            await trio.open_tcp_stream("127.0.0.1", port)
