@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -48,6 +49,7 @@ from meshnode.testing.openai_shapes import (
 )
 
 GIB = 1024**3
+SHUTDOWN_LIMIT = 1.0  # seconds from a signal to the end of the process
 
 _FILLER = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -304,7 +306,8 @@ async def serve_engine(
 ) -> None:
     """Serve until cancelled; ``task_status`` gets the bound (host, port).
 
-    Pass ``engine`` to keep its counts at hand.
+    Pass ``engine`` to keep its counts at hand. Cancelling waits for clients that have stopped
+    reading in the middle of an answer: close them first.
 
     Raises:
         OSError: the address can't be bound.
@@ -381,6 +384,11 @@ async def _run(options: EngineOptions) -> None:
             ready = {"event": "ready", "name": options.name, "host": host, "port": port}
             print(json.dumps({**ready, "pid": os.getpid()}), flush=True)
             async for _ in signals:
+                # Hypercorn shields its writes from cancellation, so one client that has stopped
+                # reading would keep this process for good.
+                last_resort = threading.Timer(SHUTDOWN_LIMIT, os._exit, [0])
+                last_resort.daemon = True
+                last_resort.start()
                 nursery.cancel_scope.cancel()
                 break
 

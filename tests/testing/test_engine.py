@@ -156,6 +156,20 @@ async def test_requests_at_once_are_counted(nursery: trio.Nursery) -> None:
         nursery.cancel_scope.cancel()
 
 
+def test_a_client_that_stops_reading_does_not_keep_the_engine_from_ending(start_engine) -> None:
+    url = start_engine("--tokens", "1000000", "--tokens-per-second", "0")
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    body = json.dumps({"model": "demo-model", "messages": ASK, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with connection:
+        connection.sendall(head.encode() + body)
+        generated, before = stats(url)["tokens"], -1
+        while generated != before or not generated:  # until its buffers are full
+            generated, before = stats(url)["tokens"], generated
+        start_engine.stop()
+
+
 def test_a_taken_port_is_one_line_and_not_a_traceback() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
