@@ -1,0 +1,66 @@
+"""Payloads signed by a node's key, in the envelopes of libp2p's RFC 0002.
+
+The domain keeps a signature made here from being read as one made for another purpose.
+"""
+
+from __future__ import annotations
+
+from google.protobuf.message import DecodeError
+from libp2p.crypto.ed25519 import Ed25519PublicKey
+from libp2p.peer.envelope import Envelope, make_unsigned
+from libp2p.peer.id import ID
+from libp2p.peer.pb import crypto_pb2, envelope_pb2
+
+from meshnode.errors import WireError
+from meshnode.net.libp2p.identity import Identity
+
+DOMAIN = "meshnode-announce"
+PAYLOAD_TYPE = b"/meshnode/announce/1.0.0"
+# An announcement's payload is at most 16 KiB; key, type and signature add about 130 bytes.
+MAX_ENVELOPE_BYTES = 20 * 1024
+_SIGNATURE_BYTES = 64
+
+
+def seal(identity: Identity, payload: bytes) -> bytes:
+    """Return ``payload`` in an envelope signed by ``identity``."""
+    signature = identity.key_pair.private_key.sign(make_unsigned(DOMAIN, PAYLOAD_TYPE, payload))
+    public_key = identity.key_pair.public_key
+    return Envelope(public_key, PAYLOAD_TYPE, payload, signature).marshal_envelope()
+
+
+def open_sealed(envelope: bytes) -> tuple[str, bytes]:
+    """Return (signer's peer ID, payload).
+
+    Raises:
+        WireError: code ``bad_envelope``: not an envelope, too large, of another payload type,
+            not from an Ed25519 key, or the signature is not this key's over this payload.
+    """
+    if len(envelope) > MAX_ENVELOPE_BYTES:
+        raise _bad(f"{len(envelope)} bytes are more than {MAX_ENVELOPE_BYTES}")
+    message = envelope_pb2.Envelope()
+    try:
+        message.ParseFromString(envelope)
+    except DecodeError as exc:
+        raise _bad("not a protobuf message") from exc
+    if message.payload_type != PAYLOAD_TYPE:
+        raise _bad("the payload is of another type")
+    # Only Ed25519, which every libp2p offers: an RSA key of a stranger's size costs us its
+    # size to check, and a short key or signature makes the library raise instead of say no.
+    if message.public_key.Type != crypto_pb2.KeyType.Ed25519:
+        raise _bad("the key is not an Ed25519 key")
+    if len(message.signature) != _SIGNATURE_BYTES:
+        raise _bad("the signature has the wrong length")
+    try:
+        key = Ed25519PublicKey.from_bytes(message.public_key.Data)
+        genuine = key.verify(
+            make_unsigned(DOMAIN, PAYLOAD_TYPE, message.payload), message.signature
+        )
+    except ValueError as exc:  # nacl's own errors are ValueErrors too
+        raise _bad("the key is not a valid one") from exc
+    if not genuine:
+        raise _bad("the signature does not match")
+    return str(ID.from_pubkey(key)), message.payload
+
+
+def _bad(why: str) -> WireError:
+    return WireError("bad_envelope", f"the sealed record can't be trusted: {why}")

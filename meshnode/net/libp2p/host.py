@@ -1,0 +1,235 @@
+"""The mesh over libp2p: TCP, noise, yamux and GossipSub among members of one token.
+
+``Libp2pMesh`` is the composition: it owns the sockets, decides who is let in, and hands the
+library only what it can't harm. How a connection becomes a link is in ``gate.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from meshnode.errors import ConfigError, PeerUnreachable, StreamReset, WireError
+from meshnode.metrics import Metrics
+from meshnode.net.libp2p import addrs as own_addrs
+from meshnode.net.libp2p import envelope
+from meshnode.net.libp2p.gate import Gate
+from meshnode.net.libp2p.identity import Identity
+from meshnode.net.libp2p.limits import DEFAULT_LIMITS, Limits
+from meshnode.net.libp2p.links import Links
+from meshnode.net.libp2p.muxer import use_our_muxer
+from meshnode.net.libp2p.pubsub import MeshPubsub
+from meshnode.net.libp2p.remedies import quiet_libp2p_loggers
+from meshnode.net.libp2p.serving import Serving
+from meshnode.net.libp2p.stream import Libp2pStream
+from meshnode.net.libp2p.swarm import MeshConn, MeshHost, MeshSwarm, open_negotiated
+from meshnode.net.libp2p.tcp import bind_listeners, parse_tcp_addr
+from meshnode.net.mesh import Link, LinkWatcher, MeshStream, MessageListener, StreamHandler
+
+
+class Libp2pMesh:
+    """See ``net/mesh.Mesh``, which this implements on real sockets."""
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        listen: tuple[str, ...],
+        keys: tuple[bytes, ...],
+        metrics: Metrics,
+        announce_addrs: tuple[str, ...] = (),
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        """Build a node that ``run_forever`` starts.
+
+        Args:
+            identity: who this node is.
+            listen: multiaddrs such as ``/ip4/0.0.0.0/tcp/4001``; port 0 is any free one.
+            keys: the 32-byte keys that prove membership, the preferred one first.
+            metrics: where faults and memberships are counted.
+            announce_addrs: what to give out instead of the addresses listened on.
+            limits: every bound and wait.
+
+        Raises:
+            ConfigError: an address to announce is no TCP multiaddr.
+        """
+        quiet_libp2p_loggers()
+        for addr in announce_addrs:
+            parse_tcp_addr(addr)
+        self._identity = identity
+        self._listen = listen
+        self._announce_addrs = announce_addrs
+        self._limits = limits
+        self._metrics = metrics
+        self._addrs: tuple[str, ...] = ()
+        self._is_running = False
+        self._links = Links()
+        self._serving = Serving(limits, metrics)
+        self._swarm = MeshSwarm(
+            identity, metrics=metrics, serve=self._serving.serve, on_gone=self._forget
+        )
+        self._host = MeshHost(self._swarm, lambda: self._addrs)
+        use_our_muxer(self._host, metrics=metrics)
+        self._pubsub = MeshPubsub(self._host, metrics=metrics)
+        self._gate = Gate(
+            self._swarm,
+            self._links,
+            own_id=identity.peer_id,
+            keys=keys,
+            limits=limits,
+            metrics=metrics,
+            admit=self._admit,
+        )
+        self._serving.use(self._host, self._gate.answer_membership)
+
+    @property
+    def peer_id(self) -> str:
+        return self._identity.peer_id
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        return self._addrs
+
+    # Running
+
+    async def run_forever(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        listeners = await bind_listeners(self._listen)
+        self._addrs = own_addrs.dialable(listeners, self._announce_addrs, self.peer_id)
+        stop = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_set_when_cancelled, stop)
+            # A cancel that reached the stack would leave the port open and peers unaware: it
+            # would hit the very tasks that say goodbye. They are stopped in order instead.
+            with trio.CancelScope(shield=True):
+                await self._run_stack(listeners, stop, task_status)
+            nursery.cancel_scope.cancel()
+
+    async def _run_stack(
+        self,
+        listeners: list[trio.SocketListener],
+        stop: trio.Event,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        pubsub, doors = _Service(), _Service()
+        async with trio.open_nursery() as stack:
+            await stack.start(self._swarm.carry_forever)
+            await stack.start(pubsub.run, self._pubsub.run_forever)
+            await stack.start(doors.run, self._gate.accept_forever, listeners)
+            self._is_running = True
+            task_status.started()
+            try:
+                await stop.wait()
+            finally:
+                self._is_running = False
+                with trio.move_on_after(self._limits.shutdown_timeout, shield=True):
+                    await doors.stop()
+                    await pubsub.stop()
+                    await self._swarm.close_all("this node is stopping")
+                stack.cancel_scope.cancel()
+                self._addrs = ()
+
+    def _admit(self, conn: MeshConn) -> None:
+        """Make a proven member's connection a link."""
+        self._swarm.admit(conn)
+        replaced = self._links.add(conn)
+        self._pubsub.admit(conn.peer_id)
+        for older in replaced:
+            self._swarm.close_soon(older, "replaced by a newer connection")
+
+    def _forget(self, conn: MeshConn) -> None:
+        if self._links.remove(conn):
+            self._pubsub.dismiss(conn.peer_id)
+
+    # What the node does with it
+
+    def serve(self, protocol_id: str, handler: StreamHandler) -> None:
+        self._serving.add(protocol_id, handler)
+
+    def subscribe(self, topic: str, listener: MessageListener) -> None:
+        self._pubsub.subscribe(topic, listener)
+
+    def watch_links(self, watcher: LinkWatcher) -> None:
+        self._links.watch(watcher)
+
+    def links(self) -> tuple[Link, ...]:
+        return self._links.snapshot()
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        await self._pubsub.publish(topic, data)
+
+    async def dial(self, addr: str, *, timeout: float) -> str:
+        endpoint = parse_tcp_addr(addr)
+        if endpoint.peer_id is None:
+            raise ConfigError(f"{addr!r} names no peer; it must end in /p2p/PEER_ID")
+        if endpoint.peer_id == self.peer_id:
+            raise PeerUnreachable("that address is this node's own")
+        if not self._is_running:
+            raise PeerUnreachable("this node is not running")
+        await self._gate.dial(endpoint, endpoint.peer_id, timeout=timeout)
+        return endpoint.peer_id
+
+    async def open_stream(self, peer_id: str, protocol_id: str, *, timeout: float) -> MeshStream:
+        conn = self._link_to(peer_id)
+        try:
+            with trio.fail_after(timeout):
+                muxed, _ = await open_negotiated(conn, (protocol_id,))
+        except trio.TooSlowError as exc:
+            raise PeerUnreachable(f"{peer_id} did not answer within {timeout:g} s") from exc
+        except (StreamReset, WireError) as exc:
+            raise PeerUnreachable(f"the stream to {peer_id} failed: {exc}") from exc
+        return Libp2pStream(muxed, peer_id, protocol_id)
+
+    async def ping(self, peer_id: str, *, timeout: float) -> float:
+        return await self._link_to(peer_id).ping(timeout)
+
+    async def disconnect(self, peer_id: str, reason: str) -> None:
+        for conn in self._links.all_of(peer_id):
+            await conn.close(reason)
+
+    def seal(self, payload: bytes) -> bytes:
+        return envelope.seal(self._identity, payload)
+
+    def open_sealed(self, sealed: bytes) -> tuple[str, bytes]:
+        return envelope.open_sealed(sealed)
+
+    def _link_to(self, peer_id: str) -> MeshConn:
+        conn = self._links.get(peer_id)
+        if conn is None:
+            raise PeerUnreachable(f"no live link to {peer_id}")
+        return conn
+
+
+async def _set_when_cancelled(event: trio.Event) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        event.set()
+
+
+class _Service:
+    """A task that can be told to end, and waited for."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+
+    async def run(
+        self,
+        forever: Callable[..., Awaitable[object]],
+        *args: object,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        try:
+            with self.scope:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(forever, *args)
+                    task_status.started()
+        finally:
+            self.ended.set()
+
+    async def stop(self) -> None:
+        self.scope.cancel()
+        await self.ended.wait()

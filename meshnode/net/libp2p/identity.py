@@ -1,0 +1,84 @@
+"""Who this node is: an Ed25519 key in a file that only its owner can read."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from libp2p.crypto.ed25519 import Ed25519PrivateKey, create_new_key_pair
+from libp2p.crypto.keys import KeyPair, KeyType
+from libp2p.identity_utils import load_identity
+from libp2p.peer.id import ID
+
+from meshnode.errors import IdentityDamaged
+
+_OWNER_ONLY = 0o600
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A node's key pair and the peer ID that follows from it."""
+
+    peer_id: str
+    key_pair: KeyPair = field(repr=False, compare=False)
+
+
+def ephemeral_identity(seed: bytes | None = None) -> Identity:
+    """Return a fresh identity that is nowhere stored; ``seed`` (32 bytes) makes it repeatable."""
+    return _identity(create_new_key_pair(seed))
+
+
+def load_or_create_identity(path: Path) -> Identity:
+    """Return the identity kept in ``path``, making the file (mode 0600) if there is none.
+
+    Raises:
+        IdentityDamaged: the file is there but holds no Ed25519 key; it is left untouched,
+            because a new key would silently make this another node.
+        OSError: the file can't be read or made.
+    """
+    try:
+        return _load(path)
+    except FileNotFoundError:
+        _create(path)
+    return _load(path)
+
+
+def _load(path: Path) -> Identity:
+    try:
+        key_pair = load_identity(path)
+    except ValueError as exc:
+        raise IdentityDamaged(
+            f"{path} is not an identity key, so this node can't prove who it is; restore the file "
+            "from a backup, or move it away to start as a new node"
+        ) from exc
+    if key_pair.private_key.get_type() is not KeyType.Ed25519:
+        raise IdentityDamaged(
+            f"{path} holds a {key_pair.private_key.get_type().name} key where Ed25519 is needed; "
+            "move it away to start as a new node"
+        )
+    return _identity(key_pair)
+
+
+def _create(path: Path) -> None:
+    """Write a new key beside ``path`` and link it there, so that a crash leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(create_new_key_pair().private_key.serialize())
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return  # another process was first: its key counts
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _identity(key_pair: KeyPair) -> Identity:
+    assert isinstance(key_pair.private_key, Ed25519PrivateKey)
+    return Identity(peer_id=str(ID.from_pubkey(key_pair.public_key)), key_pair=key_pair)

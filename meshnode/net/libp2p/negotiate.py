@@ -1,0 +1,117 @@
+"""multistream-select 1.0.0 on one stream: small, strict and bounded.
+
+The library's own reads messages of any length and lets bad UTF-8 escape as an exception that ends
+the host. It also waits for the header's echo before it names a protocol; here both lines leave in
+one write, so that opening costs one round trip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from meshnode.errors import PeerRefused, StreamReset, WireError
+from meshnode.net.libp2p.stream import MuxedBytes
+
+_HEADER = "/multistream/1.0.0"
+_REFUSED = "na"
+# Protocol IDs are some dozens of bytes; go-libp2p reads up to 1,024 too.
+_MAX_LINE_BYTES = 1024
+# A dialler that names this many protocols that we don't serve is looking for holes.
+_MAX_PROPOSALS = 16
+
+
+async def propose(stream: MuxedBytes, protocol_ids: Sequence[str]) -> str:
+    """Ask for the first of ``protocol_ids`` that the other side serves, and return it.
+
+    Raises:
+        PeerRefused: it serves none of them.
+        WireError: code ``bad_multistream``.
+        StreamReset: the stream or its connection died meanwhile.
+    """
+    greeting = _encode(_HEADER)
+    for protocol_id in protocol_ids:
+        await stream.send_all(greeting + _encode(protocol_id))
+        if greeting:
+            greeting = b""
+            if (header := await _read_line(stream)) != _HEADER:
+                raise _bad(f"the stream begins with {header!r}")
+        answer = await _read_line(stream)
+        if answer == protocol_id:
+            return protocol_id
+        if answer != _REFUSED:
+            raise _bad(f"the answer to {protocol_id} is {answer!r}")
+    raise PeerRefused(f"the peer does not serve {' or '.join(protocol_ids)}")
+
+
+class Responder:
+    """The answering side. ``next_proposal`` until one suits, then ``accept``."""
+
+    def __init__(self, stream: MuxedBytes) -> None:
+        self._stream = stream
+        self._greeting = _encode(_HEADER)
+        self._proposals = 0
+
+    async def next_proposal(self) -> str:
+        """Return the protocol ID that the other side asks for next.
+
+        Raises:
+            WireError: code ``bad_multistream``.
+            StreamReset: the stream or its connection died meanwhile.
+        """
+        if self._greeting:
+            # Said unasked, as every implementation does: some wait for it before they propose.
+            await self._stream.send_all(self._greeting)
+            self._greeting = b""
+            if (header := await _read_line(self._stream)) != _HEADER:
+                raise _bad(f"the stream begins with {header!r}")
+        self._proposals += 1
+        if self._proposals > _MAX_PROPOSALS:
+            raise _bad(f"more than {_MAX_PROPOSALS} protocols were proposed")
+        return await _read_line(self._stream)
+
+    async def accept(self, protocol_id: str) -> None:
+        """Agree to the protocol proposed last; what follows on the stream is its own."""
+        await self._stream.send_all(_encode(protocol_id))
+
+    async def decline(self) -> None:
+        """Say that the protocol proposed last is not served. ("ls" lands here too: we don't.)"""
+        await self._stream.send_all(_encode(_REFUSED))
+
+
+def _encode(line: str) -> bytes:
+    body = line.encode() + b"\n"
+    length = len(body)
+    if length < 0x80:
+        return bytes((length,)) + body
+    return bytes((length & 0x7F | 0x80, length >> 7)) + body
+
+
+async def _read_line(stream: MuxedBytes) -> str:
+    """Read exactly one line: bytes behind it belong to the protocol chosen."""
+    length = (await _read_exactly(stream, 1))[0]
+    if length & 0x80:
+        high = (await _read_exactly(stream, 1))[0]
+        length = length & 0x7F | high << 7
+    if not 1 <= length <= _MAX_LINE_BYTES:
+        raise _bad(f"a line of {length} bytes")
+    body = await _read_exactly(stream, length)
+    if body[-1:] != b"\n":
+        raise _bad("a line without its end")
+    try:
+        return body[:-1].decode()
+    except UnicodeDecodeError as exc:
+        raise _bad("a line that is not UTF-8") from exc
+
+
+async def _read_exactly(stream: MuxedBytes, count: int) -> bytes:
+    data = await stream.receive_some(count)
+    while len(data) < count:
+        more = await stream.receive_some(count - len(data)) if data else b""
+        if not more:
+            raise StreamReset("the stream ended while its protocol was being chosen")
+        data += more
+    return data
+
+
+def _bad(what: str) -> WireError:
+    return WireError("bad_multistream", f"multistream-select: {what}"[:300])
