@@ -70,15 +70,15 @@ async def serve_forever(
     """Serve ``app`` on ``sock`` until cancelled; then finish within a second and close it."""
     server = _Server(app)
     stop = trio.Event()
-    async with trio.SocketListener(trio.socket.from_stdlib_socket(sock)) as listener:
-        async with trio.open_nursery() as nursery:
-            # Apart, and shielded: connections outlive the cancellation by the grace.
-            nursery.start_soon(server.serve, listener, stop)
-            try:
-                task_status.started()
-                await trio.sleep_forever()
-            finally:
-                stop.set()
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+    async with listener, trio.open_nursery() as nursery:
+        # Apart, and shielded: connections outlive the cancellation by the grace.
+        nursery.start_soon(server.serve, listener, stop)
+        try:
+            task_status.started()
+            await trio.sleep_forever()
+        finally:
+            stop.set()
 
 
 class _Server:
