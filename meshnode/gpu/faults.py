@@ -23,7 +23,7 @@ FAULTS: dict[str, Fault] = {
         "libnvidia-ml.so.1 is not installed",
         "on an NVIDIA host install its driver (in a container: start it with --gpus all)",
     ),
-    "no_device": Fault("there is no GPU of this kind", "nothing, unless this host has one"),
+    "no_device": Fault("there is no GPU of this kind", "nothing to do, unless this host has one"),
     "driver_not_loaded": Fault(
         "the NVIDIA driver is not loaded", "run `nvidia-smi`, or `sudo modprobe nvidia`"
     ),
@@ -70,7 +70,7 @@ def gpu_error(code: str, detail: str = "") -> GpuReadError:
     """Make the error for ``code``; its text says what, where and what to do next."""
     fault = FAULTS.get(code, Fault(f"the driver reports {code}", "run `nvidia-smi`"))
     where = f" ({detail})" if detail else ""
-    return GpuReadError(code, f"{fault.what}{where}; to mend it: {fault.advice}")
+    return GpuReadError(code, f"{fault.what}{where}; {fault.advice}")
 
 
 def advice(error: GpuReadError) -> str:
