@@ -8,6 +8,7 @@ source it came from, and what to write instead.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, NoReturn, TypeVar
@@ -314,16 +315,29 @@ def _proxy(text: str) -> HostPort | None:
 def _token_texts(read: _Reader, read_text: Callable[[str], str] | None) -> tuple[str, ...]:
     direct = read.said.get("token")
     if direct is not None:
-        return tuple(str(direct.value).split())
+        return _split_tokens(str(direct.value))
     entry = read.said.get("token_file")
     if entry is None:
         return ()
-    # Several lines hold several tokens of one network, so that a key can be rotated.
     lines = _read_secret(read, "token_file", read_text).splitlines()
-    texts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    texts = _split_tokens("\n".join(line for line in lines if not line.startswith("#")))
     if not texts:
         read.fail("token_file", "holds no token; make one with: meshnode token new")
     return texts
+
+
+def _split_tokens(text: str) -> tuple[str, ...]:
+    """Return the tokens in ``text``: several, so that a key can be rotated.
+
+    A token that a mail program wrapped stays one: only its beginning reads mesh1.
+    """
+    texts: list[str] = []
+    for word in text.split():
+        if re.match(r"mesh\d", word) or not texts:
+            texts.append(word)
+        else:
+            texts[-1] += word
+    return tuple(texts)
 
 
 def _api_key(read: _Reader, read_text: Callable[[str], str] | None) -> str | None:

@@ -164,6 +164,11 @@ def test_a_token_file_may_hold_several_for_rotation():
     assert config.token_texts == ("mesh1b", "mesh1a")
 
 
+def test_a_token_that_was_wrapped_stays_one():
+    config = resolved({"token_file": "t"}, read_text=lambda path: "mesh1abc\ndef\nmesh1xyz\n")
+    assert config.token_texts == ("mesh1abcdef", "mesh1xyz")
+
+
 def test_a_missing_token_file_is_named_with_its_source():
     def missing(path: str) -> str:
         raise FileNotFoundError(2, "No such file or directory")

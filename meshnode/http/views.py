@@ -1,0 +1,178 @@
+"""The JSON of the control API, made from the node's own values; pure.
+
+Unknown values are null. Ages are seconds on this node's clock, so that no peer's clock is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from meshnode.core.decision import CandidateRow, Decision
+from meshnode.core.ledger import LedgerEntry
+from meshnode.core.node_data import NodeData, ServiceData
+from meshnode.net.mesh import Link
+
+
+class LoadCount(Protocol):
+    """Who knows the requests in flight on a peer; the router does."""
+
+    def in_flight(self, peer_id: str, service_id: str) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """What ``/api/status`` says of this node."""
+
+    peer_id: str
+    name: str
+    version: str
+    network: str
+    fingerprint: str  # by which people compare networks; not secret
+    is_open: bool
+    state: str  # up, draining, leaving
+    uptime: float  # seconds
+    addrs: Sequence[str]
+    proxy: str | None  # HOST:PORT
+    api: str  # HOST:PORT
+    policy: str
+    service: str | None  # what the proxy serves, if it was told or found
+    target: str | None
+    available_vram: int | None  # bytes; None = unknown
+    total_vram: int | None  # bytes
+    gpu_count: int | None
+    own_in_flight: int  # requests that came in here
+    peers_online: int  # this node included
+    peers_known: int
+    links: int
+    missing: Sequence[str]  # what keeps it from being ready; empty if it is
+    services: Sequence[ServiceData] = ()
+
+
+def status_view(status: NodeStatus) -> dict[str, object]:
+    """Return the body of ``/api/status``."""
+    return {
+        "peer_id": status.peer_id,
+        "name": status.name,
+        "version": status.version,
+        "network": status.network,
+        "fingerprint": status.fingerprint,
+        "open": status.is_open,
+        "state": status.state,
+        "ready": not status.missing,
+        "missing": list(status.missing),
+        "uptime_s": round(status.uptime, 3),
+        "addrs": list(status.addrs),
+        "proxy": status.proxy,
+        "api": status.api,
+        "policy": status.policy,
+        "service": status.service,
+        "target": status.target,
+        "available_vram": status.available_vram,
+        "total_vram": status.total_vram,
+        "gpu_count": status.gpu_count,
+        "services": [_service_view(service, service.in_flight) for service in status.services],
+        "own_in_flight": status.own_in_flight,
+        "peers_online": status.peers_online,
+        "peers_known": status.peers_known,
+        "links": status.links,
+    }
+
+
+def peers_view(
+    entries: Iterable[LedgerEntry],
+    load: LoadCount,
+    links: Iterable[Link],
+    *,
+    self_id: str,
+    now: float,
+) -> dict[str, object]:
+    """Return the body of ``/api/peers``: this node first, then the others by name."""
+    by_peer = {link.peer_id: link for link in links}
+    order = sorted(entries, key=lambda e: (e.peer_id != self_id, e.node.name, e.peer_id))
+    return {
+        "self": self_id,
+        "peers": [
+            _peer_view(entry, load, by_peer.get(entry.peer_id), entry.peer_id == self_id, now)
+            for entry in order
+        ],
+    }
+
+
+def decisions_view(decisions: Iterable[Decision], *, now: float) -> dict[str, object]:
+    """Return the body of ``/api/decisions``, the newest first as they come."""
+    return {"decisions": [decision_view(decision, now=now) for decision in decisions]}
+
+
+def decision_view(decision: Decision, *, now: float) -> dict[str, object]:
+    """Return one decision; ``outcome`` is null while its request is open."""
+    return {
+        "age_s": round(max(0.0, now - decision.at), 3),
+        "wall_time": decision.wall_time,
+        "service_id": decision.service_id,
+        "policy": decision.policy,
+        "target": decision.target,
+        "attempt": decision.attempt,
+        "picked": decision.picked,
+        "tier": decision.tier,
+        "outcome": decision.outcome,
+        "duration_s": None if decision.duration is None else round(decision.duration, 6),
+        "retries": decision.retries,
+        "candidates_total": decision.candidates_total,
+        "candidates": [_row_view(row, now) for row in decision.candidates],
+    }
+
+
+def _row_view(row: CandidateRow, now: float) -> dict[str, object]:
+    return {
+        "peer_id": row.peer_id,
+        "name": row.name,
+        "in_flight": row.in_flight,
+        "own_in_flight": row.own_in_flight,
+        "others_in_flight": row.others_in_flight,
+        "last_used_s": round(now - row.last_used, 3) if row.last_used else None,
+        "available_vram": row.available_vram or None,
+        "excluded": row.excluded,
+    }
+
+
+def _peer_view(
+    entry: LedgerEntry, load: LoadCount, link: Link | None, is_self: bool, now: float
+) -> dict[str, object]:
+    node = entry.node
+    loads = {s.service_id: load.in_flight(node.id, s.service_id) for s in node.services}
+    return {
+        "peer_id": node.id,
+        "name": node.name,
+        "state": entry.state_at(now),
+        "online": entry.is_online_at(now),
+        "last_seen_s": 0.0 if is_self else round(max(0.0, now - entry.last_seen), 3),
+        "available_vram": _available_vram(node),
+        "total_vram": node.total_vram or None,
+        "gpu_count": node.gpu_count or None,
+        "in_flight": sum(loads.values()),
+        "services": [_service_view(s, loads[s.service_id]) for s in node.services],
+        "addrs": list(node.addrs),
+        "connected": is_self or link is not None,
+        "rtt_ms": None if link is None or link.rtt is None else round(link.rtt * 1000, 3),
+        "version": node.version or None,
+        "down_reason": entry.down_reason,
+    }
+
+
+def _available_vram(node: NodeData) -> int | None:
+    """Return free bytes; 0 beside a known total is a full GPU, and without one it is unknown."""
+    if node.usable_vram or (node.total_vram and node.available_vram == 0):
+        return node.usable_vram
+    return None
+
+
+def _service_view(service: ServiceData, in_flight: int) -> dict[str, object]:
+    return {
+        "service_id": service.service_id,
+        "models": list(service.models),
+        "in_flight": in_flight,
+        "max_in_flight": service.max_in_flight or None,
+        "healthy": service.healthy,
+    }
