@@ -1,25 +1,48 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
+import structlog
 import trio
+from structlog.typing import EventDict
 
 from meshnode.metrics import Metrics
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import ephemeral_identity
 from meshnode.net.libp2p.limits import DEFAULT_LIMITS, Limits
+from meshnode.net.mesh import LinkEvent
 
 KEY = b"k" * 32
 LOOPBACK = ("/ip4/127.0.0.1/tcp/0",)
 
-MakeMesh = Callable[..., Libp2pMesh]
+
+class Node(Libp2pMesh):
+    """A mesh node that remembers what its watchers were told, and what was counted."""
+
+    metrics: Metrics
+    events: list[LinkEvent]
+
+    def faults(self, protocol: str) -> float:
+        return sum(
+            sample.value
+            for metric in self.metrics.protocol_faults.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total") and sample.labels["protocol"] == protocol
+        )
+
+    def memberships(self, outcome: str) -> float:
+        return self.metrics.memberships.labels(outcome=outcome)._value.get()
+
+
+MakeNode = Callable[..., Node]
+RunNodes = Callable[..., AbstractAsyncContextManager[None]]
 
 
 @pytest.fixture
-def make_mesh() -> MakeMesh:
-    """Build a mesh node on loopback that is not running yet."""
+def make_node() -> MakeNode:
+    """Build a node on loopback that is not running yet."""
 
     def make(
         *,
@@ -27,35 +50,46 @@ def make_mesh() -> MakeMesh:
         keys: tuple[bytes, ...] = (KEY,),
         listen: tuple[str, ...] = LOOPBACK,
         limits: Limits = DEFAULT_LIMITS,
-        metrics: Metrics | None = None,
         announce_addrs: tuple[str, ...] = (),
-    ) -> Libp2pMesh:
-        return Libp2pMesh(
+    ) -> Node:
+        metrics = Metrics()
+        node = Node(
             identity=ephemeral_identity(seed),
             listen=listen,
             keys=keys,
-            metrics=metrics or Metrics(),
+            metrics=metrics,
             limits=limits,
             announce_addrs=announce_addrs,
         )
+        node.metrics = metrics
+        node.events = []
+        node.watch_links(node.events.append)
+        return node
 
     return make
 
 
-@asynccontextmanager
-async def running(*meshes: Libp2pMesh, linked: bool = True) -> AsyncIterator[None]:
-    """Run ``meshes`` inside the block, each dialling all before it if ``linked``."""
-    async with trio.open_nursery() as nursery:
-        for mesh in meshes:
-            await nursery.start(mesh.run_forever)
-        if linked:
-            for number, mesh in enumerate(meshes):
-                for earlier in meshes[:number]:
-                    await mesh.dial(earlier.addrs[0], timeout=5)
-        yield
-        nursery.cancel_scope.cancel()
+@pytest.fixture
+def run_nodes() -> RunNodes:
+    """Run nodes inside the block, each linked to all others if ``linked``."""
+
+    @asynccontextmanager
+    async def run(*nodes: Node, linked: bool = True) -> AsyncIterator[None]:
+        async with trio.open_nursery() as nursery:
+            for node in nodes:
+                await nursery.start(node.run_forever)
+            if linked:
+                for number, node in enumerate(nodes):
+                    for earlier in nodes[:number]:
+                        await node.dial(earlier.addrs[0], timeout=5)
+            yield
+            nursery.cancel_scope.cancel()
+
+    return run
 
 
 @pytest.fixture
-def run_meshes() -> Callable[..., AbstractAsyncContextManager[None]]:
-    return running
+def logged() -> Iterator[list[EventDict]]:
+    """Collect what our own code logs; stdlib logging is pytest's caplog."""
+    with structlog.testing.capture_logs() as entries:
+        yield entries
