@@ -43,8 +43,9 @@ def why_no_target(ledger: Ledger, service_id: str, target: str, now: float) -> s
     online = [entry for entry in known if entry.is_online_at(now)]
     if not online:
         newest = max(known, key=lambda entry: entry.last_seen)
+        said = "has left" if newest.state == "left" else "is offline"
         return (
-            f"the peer {target!r} is {newest.state_at(now)}, last heard "
+            f"the peer {target!r} {said}, last heard "
             f"{now - newest.last_seen:.0f} s ago; start it again or choose another target"
         )
     offered = sorted({s.service_id for entry in online for s in entry.node.services})
