@@ -103,7 +103,7 @@ async def _bind(addr: str) -> trio.SocketListener:
         endpoint = parse_tcp_addr(addr)
     except ConfigError as exc:
         raise ListenFailed(f"can't listen there: {exc}") from exc
-    if endpoint.family == socket.AF_UNSPEC or endpoint.peer_id is not None:
+    if endpoint.protocol not in ("ip4", "ip6") or endpoint.peer_id is not None:
         raise ListenFailed(f"can't listen on {addr}: give an IP address and a port, nothing more")
     sock = trio.socket.socket(endpoint.family, socket.SOCK_STREAM)
     try:
