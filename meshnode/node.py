@@ -1,0 +1,392 @@
+"""The composition root: builds every part of one node and hands each what it needs.
+
+A part never looks for another by itself. Clock, dice, mesh and GPU readers are made here, and the
+order of starting and stopping stands here in one place: nothing is served before the mesh runs,
+and on the way out the others hear a goodbye before any connection closes.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import structlog
+import trio
+from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
+
+from meshnode import __version__
+from meshnode.config import Config
+from meshnode.core import token as tokens
+from meshnode.core.ledger import Ledger
+from meshnode.core.node_data import MAX_ADDRS, NodeData, ServiceData, State
+from meshnode.core.router import Router
+from meshnode.errors import ConfigError, ListenFailed, MeshnodeError
+from meshnode.gpu.monitor import GpuMonitor
+from meshnode.gpu.probe import find_readers
+from meshnode.http import control_api, server, views
+from meshnode.http.unavailable import answer_unavailable
+from meshnode.metrics import Metrics
+from meshnode.net.federation_entry import EntryPoint, EntrySettings, choose_service
+from meshnode.net.federation_exit import ExitPoint
+from meshnode.net.gossip import Announcer, Hearer, announce_topic
+from meshnode.net.ledger_sync import LedgerSync
+from meshnode.net.libp2p.host import Libp2pMesh
+from meshnode.net.libp2p.identity import Identity, load_or_create_identity
+from meshnode.net.local_services import LocalService, LocalServices
+from meshnode.net.peering import Peering
+from meshnode.net.upstream import Upstreams
+
+# A first announcement should carry the free memory; a driver slower than this is not waited for.
+_FIRST_READING = 1.0  # seconds
+_LAG_INTERVAL = 0.5  # seconds
+_STATES = ("up", "draining", "left", "offline")
+
+log = structlog.get_logger(__name__)
+
+OnReady = Callable[[dict[str, object]], None]
+
+
+class Node:
+    """One node of a mesh, from its settings.
+
+    Raises:
+        ConfigError: the settings, the token or the identity file don't hold; nothing was started.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.network, keys, bootstraps = _belonging(config)
+        self.fingerprint = tokens.network_fingerprint(keys[0])
+        self.identity = _identity(Path(config.state_dir))
+        rng = random.Random()
+        self._metrics = metrics = Metrics()
+        metrics.build_info.labels(version=__version__, python=platform.python_version()).set(1)
+        self._ledger = Ledger(self.identity.peer_id)
+        self._router = Router(
+            self._ledger, self_id=self.identity.peer_id, policy=config.policy, rng=rng
+        )
+        self._gpu = GpuMonitor(find_readers(config.vram), metrics)
+        self._mesh = mesh = Libp2pMesh(
+            identity=self.identity,
+            listen=config.listen,
+            announce_addrs=config.announce_addr,
+            keys=keys,
+            metrics=metrics,
+        )
+        self._hearer = Hearer(
+            self._ledger, self._router, open_sealed=mesh.open_sealed, metrics=metrics
+        )
+        topic = announce_topic(self.network)
+        self._announcer = Announcer(
+            mesh,
+            topic=topic,
+            compose=self._compose,
+            record_own=self._hearer.record_own,
+            rng=rng,
+            metrics=metrics,
+            # Rises across restarts; a clock set back is made good by what others still relay.
+            start_seq=time.time_ns() // 1_000_000,
+            interval=config.announce_interval,
+        )
+        self._hearer.on_own_seq = self._announcer.rise_above
+        mesh.subscribe(topic, self._hearer.hear)
+        sync = LedgerSync(mesh, self._ledger, take_record=self._hearer.take_record, metrics=metrics)
+        self._peering = Peering(
+            mesh,
+            self._ledger,
+            sync,
+            bootstraps=bootstraps,
+            forget_load=self._router.forget,
+            rng=rng,
+            metrics=metrics,
+        )
+        self._services = LocalServices(
+            [LocalService(s.name, s.host, s.port) for s in config.expose],
+            metrics=metrics,
+            on_change=self._announcer.changed,
+        )
+        ExitPoint(mesh, self._services, free_vram=self._free_vram, metrics=metrics)
+        self._entry = EntryPoint(
+            self._router,
+            Upstreams(mesh, self._router, self._peering, self._services, metrics=metrics),
+            choose_service=self._choose_service,
+            refuse=answer_unavailable,
+            metrics=metrics,
+            wall_time=time.time,
+            settings=EntrySettings(target=config.target),
+        )
+        self._started_at = 0.0
+        self._proxy: str | None = None
+        self._api = ""
+
+    # Running
+
+    async def run(self, on_ready: OnReady) -> None:
+        """Run until cancelled; then say goodbye and close everything, within some 5 s.
+
+        Raises:
+            ListenFailed: an address can't be bound.
+            TokenRefused: no link ever stood, and every bootstrap refused the token.
+        """
+        stop = trio.Event()
+        async with trio.open_nursery() as guard:
+            guard.start_soon(_set_when_cancelled, stop)
+            # A cancel must not reach the parts all at once: the goodbye needs the mesh.
+            with trio.CancelScope(shield=True):
+                await self._run_parts(stop, on_ready)
+            guard.cancel_scope.cancel()
+
+    async def _run_parts(self, stop: trio.Event, on_ready: OnReady) -> None:
+        async with AsyncExitStack() as sockets, trio.open_nursery() as mesh:
+            api = server.bind(self.config.api.host, self.config.api.port, setting="api")
+            sockets.callback(api.close)
+            proxy = await self._bind_proxy(sockets)
+            self._api = _host_port(api.getsockname())
+            self._started_at = trio.current_time()
+            await mesh.start(self._mesh.run_forever)
+            async with trio.open_nursery() as parts:
+                await self._start(parts)
+                await parts.start(server.serve_forever, self._control_app(), api)
+                if proxy:
+                    parts.start_soon(self._entry.serve_forever, proxy)
+                self._announce_ready(on_ready)
+                await stop.wait()
+                log.info("node_leaving", peer_id=self.identity.peer_id)
+                await self._announcer.say_leaving()
+                parts.cancel_scope.cancel()
+            mesh.cancel_scope.cancel()
+
+    async def _start(self, parts: trio.Nursery) -> None:
+        first_reading = trio.Event()
+        parts.start_soon(self._watch_gpu_forever, first_reading)
+        with trio.move_on_after(_FIRST_READING):
+            await first_reading.wait()
+        parts.start_soon(self._announcer.announce_forever)
+        parts.start_soon(self._hearer.expire_forever)
+        parts.start_soon(self._services.check_health_forever)
+        parts.start_soon(self._peering.run_forever)
+        parts.start_soon(self._measure_lag_forever)
+
+    async def _watch_gpu_forever(self, first_reading: trio.Event) -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._gpu.watch_forever, lambda _: self._announcer.changed())
+            first_reading.set()
+
+    async def _measure_lag_forever(self) -> None:
+        while True:
+            due = trio.current_time() + _LAG_INTERVAL
+            await trio.sleep_until(due)
+            self._metrics.loop_lag_seconds.observe(trio.current_time() - due)
+
+    async def _bind_proxy(self, sockets: AsyncExitStack) -> list[trio.SocketListener]:
+        proxy = self.config.proxy
+        if proxy is None:
+            return []
+        try:
+            listeners = await trio.open_tcp_listeners(proxy.port, host=proxy.host)
+        except OSError as exc:
+            raise ListenFailed(
+                f"proxy={proxy} from {self.config.sources.get('proxy', 'default')} can't be "
+                f"listened on: {exc.strerror or exc}; choose another port, or 0 for any free one"
+            ) from exc
+        for listener in listeners:
+            sockets.push_async_callback(listener.aclose)
+        self._proxy = _host_port(listeners[0].socket.getsockname())
+        return listeners
+
+    def _announce_ready(self, on_ready: OnReady) -> None:
+        log.info("node_ready", peer_id=self.identity.peer_id, network=self.network)
+        on_ready(
+            {
+                "event": "ready",
+                "schema_version": control_api.SCHEMA_VERSION,
+                "peer_id": self.identity.peer_id,
+                "addrs": list(self._mesh.addrs),
+                "proxy": self._proxy,
+                "api": self._api,
+            }
+        )
+
+    # What this node says of itself
+
+    def _compose(self, seq: int, state: State) -> NodeData:
+        gpu = self._gpu.latest
+        exposed = self.config.expose
+        return NodeData(
+            id=self.identity.peer_id,
+            name=self.config.name,
+            service_id=exposed[0].name if exposed else "",
+            last_seen=time.time_ns() // 1_000_000,
+            available_vram=gpu.available if gpu else 0,
+            total_vram=gpu.total if gpu else 0,
+            gpu_count=gpu.count if gpu else 0,
+            services=tuple(
+                ServiceData(
+                    service_id=service.name,
+                    in_flight=self._services.in_flight(service.name),
+                    healthy=self._services.is_healthy(service.name),
+                )
+                for service in exposed
+            ),
+            addrs=self._mesh.addrs[:MAX_ADDRS],
+            seq=seq,
+            state=state,
+            online_window=round(self.config.online_window),
+            version=__version__,
+        )
+
+    def _free_vram(self) -> int | None:
+        gpu = self._gpu.latest
+        return gpu.available if gpu else None
+
+    def _choose_service(self) -> str:
+        offered = self._ledger.services_online(trio.current_time())
+        return choose_service(self.config.service, offered)
+
+    # The control API's view (http/control_api.NodeView)
+
+    def _control_app(self) -> ASGIApp:
+        return control_api.build_app(
+            self, api_key=self.config.api_key, allowed_hosts=(self.config.api.host,)
+        )
+
+    def status(self) -> dict[str, object]:
+        now = trio.current_time()
+        gpu = self._gpu.latest
+        me = self._ledger.get(self.identity.peer_id)
+        offered = self._ledger.services_online(now)
+        only = offered[0] if len(offered) == 1 else None
+        return views.status_view(
+            views.NodeStatus(
+                peer_id=self.identity.peer_id,
+                name=self.config.name,
+                version=__version__,
+                network=self.network,
+                fingerprint=self.fingerprint,
+                is_open=self.config.open,
+                state=self._announcer.state,
+                uptime=now - self._started_at,
+                addrs=self._mesh.addrs,
+                proxy=self._proxy,
+                api=self._api,
+                policy=self.config.policy,
+                service=self.config.service or (only if self._proxy else None),
+                target=self.config.target,
+                available_vram=gpu.available if gpu else None,
+                total_vram=gpu.total if gpu else None,
+                gpu_count=gpu.count if gpu else None,
+                own_in_flight=self._router.own_total,
+                peers_online=len(self._ledger.online(now)),
+                peers_known=len(self._ledger),
+                links=len(self._mesh.links()),
+                missing=self.readiness()[1],
+                services=me.node.services if me else (),
+            )
+        )
+
+    def peers(self) -> dict[str, object]:
+        return views.peers_view(
+            self._ledger.entries(),
+            self._router,
+            self._mesh.links(),
+            self_id=self.identity.peer_id,
+            now=trio.current_time(),
+        )
+
+    def decisions(self) -> dict[str, object]:
+        return views.decisions_view(self._router.decisions(), now=trio.current_time())
+
+    def explain(self, service: str | None, target: str | None) -> dict[str, object]:
+        now = trio.current_time()
+        decision = self._router.explain(
+            now=now,
+            wall_time=time.time(),
+            service_id=service or self._choose_service(),
+            target=target or self.config.target,
+        )
+        return views.decision_view(decision, now=now)
+
+    def readiness(self) -> tuple[bool, list[str]]:
+        missing = []
+        if not self._peering.joined.is_set():
+            missing.append("not joined: no bootstrap answered yet")
+        missing += [
+            f"service {service.name} at {service.host}:{service.port} does not accept connections"
+            for service in self.config.expose
+            if not self._services.is_healthy(service.name)
+        ]
+        return not missing, missing
+
+    def metrics(self) -> CollectorRegistry:
+        now = trio.current_time()
+        counts: dict[str, int] = dict.fromkeys(_STATES, 0)
+        for entry in self._ledger.entries():
+            counts[entry.state_at(now)] += 1
+        for state, count in counts.items():
+            self._metrics.peers.labels(state=state).set(count)
+        return self._metrics.registry
+
+
+async def run_node(config: Config, *, on_ready: OnReady) -> None:
+    """Run one node until cancelled; see ``Node.run``.
+
+    Raises:
+        MeshnodeError: the one that ended it.
+    """
+    node = Node(config)
+    try:
+        await node.run(on_ready)
+    except BaseExceptionGroup as group:
+        raise _first_of(group) from group
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """Return what ended the node: its own error where there is one, else what came first."""
+    while isinstance(error, BaseExceptionGroup):
+        known = error.subgroup(MeshnodeError)
+        error = (known or error).exceptions[0]
+    return error
+
+
+def _belonging(config: Config) -> tuple[str, tuple[bytes, ...], tuple[str, ...]]:
+    """Return the network's name, the keys that prove membership, and where to join."""
+    if config.open:
+        network = config.network or "open"
+        return network, (tokens.open_network_key(network),), config.bootstrap
+    parsed = [tokens.decode(text) for text in config.token_texts]
+    networks = {token.network for token in parsed}
+    if len(networks) != 1:
+        raise ConfigError(
+            f"the tokens are of several networks ({', '.join(sorted(networks))}); "
+            "keep those of one network in the file"
+        )
+    told = (addr for token in parsed for addr in token.bootstraps)
+    bootstraps = tuple(dict.fromkeys((*config.bootstrap, *told)))
+    return parsed[0].network, tuple(token.key for token in parsed), bootstraps
+
+
+def _identity(state_dir: Path) -> Identity:
+    try:
+        return load_or_create_identity(state_dir / "identity.key")
+    except OSError as exc:
+        raise ConfigError(
+            f"the state folder {state_dir} can't be used: {exc.strerror or exc}; "
+            "make it writable, or choose another with --state-dir"
+        ) from exc
+
+
+def _host_port(address: tuple[object, ...]) -> str:
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+
+async def _set_when_cancelled(event: trio.Event) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        event.set()
