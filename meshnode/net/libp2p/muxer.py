@@ -409,7 +409,7 @@ class YamuxConn(IMuxedConn):
         if self._core.backlog:
             self._arrivals.set()
         for opaque in self._core.pongs:
-            if answered := self._pings.get(opaque):
+            if (answered := self._pings.get(opaque)) is not None:
                 answered.set()
         self._core.pongs.clear()
         self.kick()
