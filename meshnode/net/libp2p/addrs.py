@@ -17,14 +17,12 @@ def dialable(
 ) -> tuple[str, ...]:
     """Return multiaddrs that end in ``/p2p/<peer_id>``: ``announce``, or what is listened on.
 
-    A wildcard becomes every address of this host, loopback last: only nodes on the same host can
-    use it, and for others it is a wasted dial.
+    A wildcard becomes every address of this host but loopback (others would dial themselves),
+    unless it has nothing else.
     """
-    if announce:
-        plain = [parse_tcp_addr(addr).multiaddr for addr in announce]
-    else:
+    plain = [parse_tcp_addr(addr).multiaddr for addr in announce]
+    if not plain:
         plain = [addr for listener in listeners for addr in _bound(listener)]
-        plain.sort(key=_is_loopback)
     return tuple(f"{addr}/p2p/{peer_id}" for addr in dict.fromkeys(plain))
 
 
@@ -34,21 +32,17 @@ def _bound(listener: trio.SocketListener) -> list[str]:
     addr = f"/{name}/{host}/tcp/{port}"
     if not ipaddress.ip_address(host).is_unspecified:
         return [addr]
-    expanded = [str(each) for each in expand_wildcard_address(Multiaddr(addr))]
-    return [each for each in expanded if each.startswith(f"/{name}/") and not _is_link_local(each)]
+    found = [_ip_of(str(each)) for each in expand_wildcard_address(Multiaddr(addr))]
+    # A link-local address means nothing without its interface, which a multiaddr can't name here.
+    usable = [
+        str(ip)
+        for ip in found
+        if f"ip{ip.version}" == name
+        and not (ip.is_unspecified or ip.is_loopback or ip.is_link_local)
+    ]
+    loopback = "::1" if name == "ip6" else "127.0.0.1"
+    return [f"/{name}/{ip}/tcp/{port}" for ip in usable or [loopback]]
 
 
-def _is_loopback(addr: str) -> bool:
-    return _is(addr, "is_loopback")
-
-
-def _is_link_local(addr: str) -> bool:
-    # Such an address means nothing without the interface, which a multiaddr of ours can't name.
-    return _is(addr, "is_link_local")
-
-
-def _is(addr: str, quality: str) -> bool:
-    try:
-        return bool(getattr(ipaddress.ip_address(addr.split("/")[2]), quality))
-    except ValueError:
-        return False  # a DNS name
+def _ip_of(addr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(addr.split("/")[2])
