@@ -7,7 +7,6 @@ source it came from, and what to write instead.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -219,6 +218,8 @@ def _from_environment(env: Mapping[str, str], known: Sequence[str]) -> dict[str,
 def _unknown(
     name: str, source: str, known: Sequence[str], spell: Callable[[str], str]
 ) -> ConfigError:
+    import difflib
+
     near = difflib.get_close_matches(name, [spell(key) for key in known], n=1)
     advice = f"; did you mean {near[0]}?" if near else "; run meshnode up --help for the list"
     return ConfigError(f"unknown setting {name} in {source}{advice}")

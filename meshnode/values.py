@@ -7,7 +7,6 @@ text that completes the sentence "proxy=8x from flag --proxy …". Where it came
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,6 +42,8 @@ class HostPort:
         """Whether only this machine can reach it; of names, localhost alone is taken to be."""
         if self.host == "localhost":
             return True
+        import ipaddress
+
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -189,8 +190,8 @@ def parse_log_format(text: str) -> Literal["pretty", "json"]:
 def parse_multiaddr(text: str) -> str:
     """Return a multiaddr that this program can speak: an IP address or DNS name, then TCP."""
     # Imported here because it takes longer than a whole --help may.
-    from multiaddr import Multiaddr  # type: ignore[import-untyped]
-    from multiaddr.exceptions import Error  # type: ignore[import-untyped]
+    from multiaddr import Multiaddr
+    from multiaddr.exceptions import Error
 
     text = text.strip()
     example = "/ip4/192.0.2.7/tcp/4201"

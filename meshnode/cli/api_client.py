@@ -1,0 +1,129 @@
+"""Asks the control API of a running node, with the standard library alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from meshnode.config import DEFAULT_API
+from meshnode.errors import ConfigError, MeshnodeError, NoCandidate, NodeNotRunning
+from meshnode.values import HostPort, parse_host_port
+
+_TIME_LIMIT = 5.0  # seconds; a node answers within milliseconds, or hangs
+_MAX_ANSWER = 64 * 1024 * 1024  # ten thousand peers make about 10 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """Where the node answers, and the key it wants."""
+
+    address: HostPort
+    key: str | None = None
+
+
+def find_api(flag: str | None, key_file: str | None) -> Api:
+    """Return where to ask: flag, then environment, then the default.
+
+    Raises:
+        ConfigError: it is no address, or the key file can't be read.
+    """
+    source, text = "flag --api", flag
+    if text is None:
+        source, text = "environment MESHNODE_API", os.environ.get("MESHNODE_API") or None
+    key_path = key_file or os.environ.get("MESHNODE_API_KEY_FILE") or None
+    key = _read_key(key_path) if key_path else None
+    if text is None:
+        return Api(DEFAULT_API, key)
+    try:
+        address = parse_host_port(text, listening=False)
+    except ValueError as exc:
+        raise ConfigError(f"api={text} from {source} {exc}") from exc
+    # What a node listens on may be "everywhere"; it is asked on loopback then.
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    return Api(HostPort(everywhere.get(address.host, address.host), address.port), key)
+
+
+def ask(api: Api, path: str, params: Mapping[str, str | None] | None = None) -> dict[str, object]:
+    """Return the JSON object at ``path``.
+
+    Raises:
+        NodeNotRunning: nobody answers there.
+        NoCandidate: the node says that nobody can serve.
+        MeshnodeError: the node refuses, or something else than a node answers.
+    """
+    from urllib.parse import urlencode
+
+    given = {key: value for key, value in (params or {}).items() if value is not None}
+    target = f"{path}?{urlencode(given)}" if given else path
+    status, data = _get(api, target)
+    try:
+        body = json.loads(data)
+    except ValueError as exc:
+        raise _not_a_node(api, "its answer is no JSON") from exc
+    if not isinstance(body, dict):
+        raise _not_a_node(api, "its answer is no JSON object")
+    if status == 200 and "schema_version" in body:
+        return body
+    raise _refusal(api, status, body)
+
+
+def _get(api: Api, target: str) -> tuple[int, bytes]:
+    import http.client  # takes a third of what --help may take
+
+    address = api.address
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=_TIME_LIMIT)
+    headers = {"Accept": "application/json"}
+    if api.key:
+        headers["Authorization"] = f"Bearer {api.key}"
+    try:
+        connection.request("GET", target, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read(_MAX_ANSWER)
+    except TimeoutError as exc:
+        raise NodeNotRunning(
+            f"{address} accepts but does not answer within {_TIME_LIMIT:g} s; "
+            "the node hangs, or something else listens there"
+        ) from exc
+    except OSError as exc:
+        reason = exc.strerror or str(exc)
+        raise NodeNotRunning(
+            f"no node answers at {address} ({reason}); start one with: meshnode up, "
+            "or say where it runs: --api HOST:PORT"
+        ) from exc
+    except http.client.HTTPException as exc:
+        raise _not_a_node(api, f"it speaks no HTTP ({type(exc).__name__})") from exc
+    finally:
+        connection.close()
+
+
+def _refusal(api: Api, status: int, body: Mapping[str, object]) -> MeshnodeError:
+    error = body.get("error")
+    message = str(error.get("message", "")) if isinstance(error, dict) else ""
+    code = error.get("code") if isinstance(error, dict) else None
+    if code == "no_candidate":
+        return NoCandidate(message)
+    if code == "api_key_required":
+        return ConfigError(
+            f"the node at {api.address} wants its API key; say --api-key-file FILE, "
+            "or set MESHNODE_API_KEY_FILE"
+        )
+    if not message:
+        return _not_a_node(api, f"it answers {status}")
+    return MeshnodeError(f"the node at {api.address} refuses: {message}")
+
+
+def _not_a_node(api: Api, reason: str) -> MeshnodeError:
+    return NodeNotRunning(
+        f"what answers at {api.address} is no meshnode ({reason}); "
+        "say where the node runs: --api HOST:PORT"
+    )
+
+
+def _read_key(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"api_key_file={path} can't be read: {exc}") from exc

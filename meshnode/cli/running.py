@@ -1,0 +1,141 @@
+"""Runs a node in this process: logs, signals, the ready line, the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+
+import structlog
+import trio
+
+from meshnode import __version__
+from meshnode.cli.logs import set_up_logs
+from meshnode.cli.output import say
+from meshnode.config import DEFAULT_OPEN_NETWORK, Config
+from meshnode.errors import MeshnodeError
+
+_log = structlog.get_logger(__name__)
+
+# A proxy needs two descriptors for each client; the usual soft limit of 1,024 is soon reached.
+_FILE_LIMIT = 65_536
+
+
+def run_node_here(config: Config) -> int:
+    """Run a node until a signal or its own end; return the exit code.
+
+    Raises:
+        MeshnodeError: the node can't run; unless the log is JSON, where it is a log line.
+    """
+    set_up_logs(config.log_level, config.log_format)
+    _raise_file_limit()
+    for warning in config.warnings:
+        _log.warning("check the settings", warning=warning)
+
+    from meshnode.node import run_node
+
+    run = partial(run_node, config, on_ready=partial(announce_ready, config))
+    try:
+        return trio.run(run_until_signalled, run)
+    except BaseExceptionGroup as group:
+        error = first_mesh_error(group)
+        if error is None:
+            raise
+        return _end_with(error, config)
+    except MeshnodeError as error:
+        return _end_with(error, config)
+
+
+async def run_until_signalled(run: Callable[[], Awaitable[None]]) -> int:
+    """Run ``run`` until it ends, or SIGINT or SIGTERM cancels it; return the exit code.
+
+    A second signal ends the process at once.
+    """
+    exit_code = 0
+
+    async def watch_signals(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+        nonlocal exit_code
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for number in signals:
+                if scope.cancel_called:
+                    os._exit(128 + number)
+                exit_code = 130 if number == signal.SIGINT else 0
+                _log.info("stopping", signal=signal.Signals(number).name)
+                scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+        await nursery.start(watch_signals, scope)
+        with scope:
+            await run()
+        nursery.cancel_scope.cancel()
+    return exit_code
+
+
+def announce_ready(config: Config, facts: Mapping[str, object]) -> None:
+    """Say that the node can serve: one JSON line on stdout, or some lines for people on stderr.
+
+    ``facts`` holds peer_id, addrs, proxy and api, as the node bound them.
+    """
+    if config.log_format == "pretty":
+        for line in ready_lines(config, facts):
+            say(line)
+        return
+    line: dict[str, object] = {"event": "ready", "schema_version": 1}
+    line |= {key: facts.get(key) for key in ("peer_id", "addrs", "proxy", "api")}
+    print(json.dumps(line, separators=(",", ":")), file=sys.stdout, flush=True)
+
+
+def ready_lines(config: Config, facts: Mapping[str, object]) -> list[str]:
+    """Return what a person who started a node wants to know, without any secret."""
+    listed = facts.get("addrs")
+    addrs = [str(addr) for addr in listed] if isinstance(listed, (list, tuple)) else []
+    lines = [f"meshnode {__version__}: {config.name} is up as {facts.get('peer_id')}"]
+    lines += [f"  listens  {addr}" for addr in addrs]
+    lines += [f"  exposes  {service}" for service in config.expose]
+    if facts.get("proxy"):
+        lines.append(f"  proxy    http://{facts['proxy']}/v1")
+    lines.append(f"  api      http://{facts.get('api')}")
+    far = [addr for addr in addrs if not addr.startswith(("/ip4/127.", "/ip6/::1/"))] or addrs
+    if far:
+        lines.append("To join from another host:")
+        lines.append(f"  meshnode up {_belonging(config)} --bootstrap {far[0]}")
+    return lines
+
+
+def first_mesh_error(group: BaseExceptionGroup[BaseException]) -> MeshnodeError | None:
+    """Return the error that the exit code comes from: the first of ours in the group."""
+    for error in group.exceptions:
+        if isinstance(error, MeshnodeError):
+            return error
+        if isinstance(error, BaseExceptionGroup):
+            found = first_mesh_error(error)
+            if found is not None:
+                return found
+    return None
+
+
+def _belonging(config: Config) -> str:
+    if not config.open:
+        return f"--token-file {config.token_file or 'FILE'}"
+    return f"--open --network {config.network or DEFAULT_OPEN_NETWORK}"
+
+
+def _end_with(error: MeshnodeError, config: Config) -> int:
+    if config.log_format == "pretty":
+        raise error
+    _log.error("stopped", error=str(error), exit_code=error.exit_code)
+    return error.exit_code
+
+
+def _raise_file_limit() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILE_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _FILE_LIMIT)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

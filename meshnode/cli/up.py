@@ -1,0 +1,156 @@
+"""``meshnode up``: settings from argv, environment and file, then a node until it is ended."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from meshnode.config import PREFIX, Config, resolve
+from meshnode.errors import ConfigError
+
+_MAX_SECRET = 64 * 1024  # bytes; a token or a key has a few hundred, this is some other file
+
+
+def up(
+    token_file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The mesh's token (or MESHNODE_TOKEN)."),
+    ] = None,
+    open_: Annotated[
+        bool | None,
+        typer.Option(
+            "--open", help="A mesh without a token: anybody may join.", show_default=False
+        ),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The name of an open mesh.")
+    ] = None,
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MULTIADDR", help="Default /ip4/0.0.0.0/tcp/4201; port 0 works."),
+    ] = None,
+    announce_addr: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MULTIADDR", help="Where others reach this host, behind a NAT."),
+    ] = None,
+    bootstrap: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MULTIADDR", help="A node to begin with, ending in /p2p/PEER_ID."),
+    ] = None,
+    mdns: Annotated[
+        bool | None,
+        typer.Option("--mdns/--no-mdns", help="Look for the mesh on the LAN.", show_default=False),
+    ] = None,
+    expose: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=HOST:PORT", help="A local server that members may use."),
+    ] = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:PORT]",
+            help="Serve the mesh here; --proxy alone means 127.0.0.1:8080.",
+        ),
+    ] = None,
+    proxy_mode: Annotated[str | None, typer.Option(metavar="tcp")] = None,
+    service: Annotated[
+        str | None, typer.Option(help="Which service the proxy serves; default the only one.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="PEER", help="Send everything to one peer, by ID or name.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(metavar="vram|rotate|random", help="Who goes first among equals.")
+    ] = None,
+    vram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Pretend this much free VRAM, like 24GiB.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="For people; default the host name.")] = None,
+    api: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Control API; default 127.0.0.1:4280.")
+    ] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The key it wants beyond loopback.")
+    ] = None,
+    state_dir: Annotated[str | None, typer.Option(metavar="DIR")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A TOML file with any of these settings.")
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(metavar="debug|info|warning|error", help="Default info.")
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(metavar="pretty|json", help="Default pretty.")
+    ] = None,
+    announce_interval: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="Default 10.")
+    ] = None,
+    online_window: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="Default 40.")
+    ] = None,
+) -> None:
+    """Run a node until SIGINT or SIGTERM: it joins, announces, exposes, proxies.
+
+    Every flag is also an environment variable (MESHNODE_LISTEN) and a key of the --config file
+    (listen). A flag goes before the environment, that before the file.
+    """
+    flags: dict[str, object] = {
+        **{"token_file": token_file, "open": open_, "network": network, "listen": listen},
+        **{"announce_addr": announce_addr, "bootstrap": bootstrap, "mdns": mdns, "expose": expose},
+        **{"proxy": proxy, "proxy_mode": proxy_mode, "service": service, "target": target},
+        **{"policy": policy, "vram": vram, "name": name, "api": api, "api_key_file": api_key_file},
+        **{"state_dir": state_dir, "log_level": log_level, "log_format": log_format},
+        **{"announce_interval": announce_interval, "online_window": online_window},
+    }
+    settings = read_settings(flags, config)
+
+    from meshnode.cli.running import run_node_here
+
+    raise typer.Exit(run_node_here(settings))
+
+
+def read_settings(flags: Mapping[str, object], config_path: str | None) -> Config:
+    """Return the Config of flags, this process's environment, and the TOML file.
+
+    Raises:
+        ConfigError: one of them is wrong.
+    """
+    import socket
+
+    import platformdirs
+
+    path, source = config_path, "flag --config"
+    if path is None:
+        path, source = os.environ.get(PREFIX + "CONFIG") or None, f"environment {PREFIX}CONFIG"
+    return resolve(
+        flags,
+        os.environ,
+        _read_toml(path, source) if path else None,
+        file_path=path or "",
+        host_name=socket.gethostname(),
+        platform_state_dir=platformdirs.user_state_dir("meshnode"),
+        read_text=_read_secret,
+    )
+
+
+def _read_toml(path: str, source: str) -> dict[str, object]:
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as exc:
+        raise ConfigError(f"config={path} from {source} can't be read: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"config={path} from {source} is no TOML: {exc}") from exc
+
+
+def _read_secret(path: str) -> str:
+    if path == "-":
+        return sys.stdin.read(_MAX_SECRET)
+    with open(path, encoding="utf-8") as file:
+        return file.read(_MAX_SECRET)
