@@ -157,11 +157,9 @@ class _Pubsub(Pubsub):
                 for peer_id in self._admitted:
                     self._keep_link(peer_id)
                 task_status.started()
-                try:
-                    await trio.sleep_forever()
-                finally:
-                    self._tasks.nursery = None
+                await trio.sleep_forever()
         finally:
+            # Streams outlive this service by a moment; what they start now must start nothing.
             self._tasks.nursery = None
             self._clear_subscription_state()
 

@@ -168,9 +168,14 @@ async def test_an_own_message_goes_to_every_subscriber_without_a_mesh() -> None:
     with trio.fail_after(10):
         async with running() as a, running() as b:
             await linked(a, b)
-            a.pubsub._router.mesh[TOPIC].clear()
-            await a.pubsub.publish(TOPIC, b"flooded")
+            await a.pubsub.publish(TOPIC, b"by whatever way")
             await b.wait_heard(1)
+            for node, other in ((a, b), (b, a)):
+                node.pubsub._router.mesh[TOPIC].clear()
+                # Neither graft nor gossip brings it to b while the two back off.
+                node.pubsub._router._add_back_off(other.host.get_id(), TOPIC, False)
+            await a.pubsub.publish(TOPIC, b"flooded")
+            await b.wait_heard(2)
 
 
 async def test_a_dead_stream_is_replaced_and_nobody_forgets_a_subscription() -> None:
@@ -185,6 +190,19 @@ async def test_a_dead_stream_is_replaced_and_nobody_forgets_a_subscription() -> 
             assert inner.peers[b.host.get_id()] is not dead
             await subscribed(b, a)
             await b.pubsub.publish(TOPIC, b"and back")
+            await a.wait_heard(1)
+
+
+async def test_a_stream_that_the_peer_reset_is_replaced_before_anything_is_sent() -> None:
+    with trio.fail_after(10):
+        async with running() as a, running() as b:
+            await linked(a, b)
+            inbound, a_id = b.pubsub._pubsub._inbound, a.host.get_id()
+            dead = inbound[a_id]
+            await dead.reset()
+            await until(lambda: inbound.get(a_id) not in (None, dead))
+            await subscribed(b, a)
+            await b.pubsub.publish(TOPIC, b"heard")
             await a.wait_heard(1)
 
 
@@ -314,13 +332,24 @@ async def test_an_unadmitted_peer_gets_no_message_and_gives_none() -> None:
             await stranger.pubsub.publish(TOPIC, b"let me in")
             await a.pubsub.publish(TOPIC, b"for members")
             await b.wait_heard(1)
-            assert stranger.peer_id not in map(str, a.pubsub._pubsub.peers)
             assert (a.heard, stranger.heard) == ([], [])
 
             a.pubsub.admit(stranger.peer_id)
             await subscribed(stranger, a)
             await stranger.pubsub.publish(TOPIC, b"thank you")
             await until(lambda: (stranger.peer_id, b"thank you") in a.heard)
+
+
+async def test_no_stream_is_opened_to_a_peer_before_it_is_admitted() -> None:
+    with trio.fail_after(10):
+        async with running() as a, running() as b, raw_peer() as stranger:
+            await stranger.connect(a)
+            await linked(a, b)
+            await a.pubsub.publish(TOPIC, b"for members")
+            await b.wait_heard(1)
+            assert stranger.inbound == []
+            a.pubsub.admit(stranger.host.get_id().to_base58())
+            await until(lambda: len(stranger.inbound) == 1)
 
 
 async def test_a_dismissed_peer_gets_and_gives_nothing_more() -> None:
@@ -334,6 +363,16 @@ async def test_a_dismissed_peer_gets_and_gives_nothing_more() -> None:
             await b.wait_heard(1)
             await until(lambda: a.faults("not_a_member") > 0)
             assert (a.heard, c.heard) == ([], [])
+            for streams in (a.pubsub._pubsub.peers, a.pubsub._pubsub.peer_queues):
+                assert list(streams) == [b.host.get_id()]
+
+
+async def test_a_task_that_comes_after_the_end_starts_nothing() -> None:
+    with trio.fail_after(10):
+        async with running() as a:
+            manager = a.pubsub._pubsub.manager
+        manager.run_task(trio.sleep_forever)
+        assert not manager.is_running
 
 
 async def test_a_service_may_have_more_than_a_thousand_tasks() -> None:
@@ -366,29 +405,32 @@ class RawPeer:
     """A member that writes what it likes to the pubsub protocol."""
 
     host: IHost
-    reset: trio.Event = field(default_factory=trio.Event)
+    inbound: list[INetStream] = field(default_factory=list)
+
+    async def connect(self, node: Node) -> None:
+        peer_id, addr = node.host.get_id(), node.host.get_addrs()[0]
+        self.host.get_peerstore().add_addrs(peer_id, [addr], 3600)
+        await self.host.get_network().dial_addr(addr, peer_id)  # type: ignore[attr-defined]
 
     async def open_stream(self, node: Node) -> INetStream:
-        peer_id = node.host.get_id()
-        if not self.host.get_network().get_connections(peer_id):
-            node.pubsub.admit(self.host.get_id().to_base58())
-            addr = node.host.get_addrs()[0]
-            self.host.get_peerstore().add_addrs(peer_id, [addr], 3600)
-            await self.host.get_network().dial_addr(addr, peer_id)  # type: ignore[attr-defined]
-        return await self.host.new_stream(peer_id, [TProtocol(PROTOCOL)])
+        node.pubsub.admit(self.host.get_id().to_base58())
+        if not self.host.get_network().get_connections(node.host.get_id()):
+            await self.connect(node)
+        return await self.host.new_stream(node.host.get_id(), [TProtocol(PROTOCOL)])
 
 
 @asynccontextmanager
 async def raw_peer() -> AsyncIterator[RawPeer]:
     listen = [Multiaddr("/ip4/127.0.0.1/tcp/0")]
-    host = new_host(key_pair=create_new_key_pair(), listen_addrs=listen)
+    peer = RawPeer(new_host(key_pair=create_new_key_pair(), listen_addrs=listen))
 
-    async def ignore(stream: INetStream) -> None:
+    async def keep(stream: INetStream) -> None:
+        peer.inbound.append(stream)
         await trio.sleep_forever()
 
-    host.set_stream_handler(TProtocol(PROTOCOL), ignore)
-    async with host.run(listen_addrs=listen):
-        yield RawPeer(host)
+    peer.host.set_stream_handler(TProtocol(PROTOCOL), keep)
+    async with peer.host.run(listen_addrs=listen):
+        yield peer
 
 
 def signed_message(key_pair: KeyPair, data: bytes, seqno: bytes = b"\0" * 7 + b"\1") -> Message:
