@@ -1,17 +1,231 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
 import pytest
 import trio
 
+from meshnode.core.ledger import Ledger
+from meshnode.core.node_data import NodeData, ServiceData, State
+from meshnode.core.router import Router
+from meshnode.errors import TokenRefused
 from meshnode.metrics import Metrics
+from meshnode.net.federation_entry import EntryPoint, EntrySettings, choose_service
+from meshnode.net.federation_exit import ExitPoint
+from meshnode.net.gossip import Announcer, Hearer, announce_topic
+from meshnode.net.ledger_sync import LedgerSync
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import ephemeral_identity
+from meshnode.net.local_services import LocalService, LocalServices
+from meshnode.net.memory_mesh import MemoryMesh, MemoryNetwork
 from meshnode.net.mesh import Mesh
+from meshnode.net.peering import Peering
+from meshnode.net.upstream import Upstreams
 
 KEY = b"k" * 32
+TOPIC = announce_topic("test")
+
+
+class Node:
+    """Every part of this room around one mesh, as a real node composes them."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        name: str,
+        *,
+        bootstraps: Sequence[str] = (),
+        services: Sequence[LocalService] = (),
+        vram: int = 0,
+        start_seq: int = 1,
+    ) -> None:
+        rng = random.Random(name)
+        self.mesh = mesh
+        self.name = name
+        self.vram = vram
+        self.metrics = Metrics()
+        self.failure: TokenRefused | None = None
+        self.scope = trio.CancelScope()
+        self.refused: list[str] = []  # why clients were turned away
+        self.ledger = Ledger(mesh.peer_id)
+        self.router = Router(self.ledger, self_id=mesh.peer_id, policy="vram", rng=rng)
+        self.services = LocalServices(services, metrics=self.metrics)
+        self.hearer = Hearer(
+            self.ledger, self.router, open_sealed=mesh.open_sealed, metrics=self.metrics
+        )
+        self.announcer = Announcer(
+            mesh,
+            topic=TOPIC,
+            compose=self.compose,
+            record_own=self.hearer.record_own,
+            rng=rng,
+            metrics=self.metrics,
+            start_seq=start_seq,
+        )
+        self.hearer.on_own_seq = self.announcer.rise_above
+        self.services.on_change = self.announcer.changed
+        mesh.subscribe(TOPIC, self.hearer.hear)
+        self.sync = LedgerSync(
+            mesh, self.ledger, take_record=self.hearer.take_record, metrics=self.metrics
+        )
+        self.peering = Peering(
+            mesh,
+            self.ledger,
+            self.sync,
+            bootstraps=bootstraps,
+            forget_load=self.router.forget,
+            rng=rng,
+            metrics=self.metrics,
+        )
+        self.exit = ExitPoint(
+            mesh, self.services, free_vram=lambda: self.vram, metrics=self.metrics
+        )
+        self.upstreams = Upstreams(
+            mesh, self.router, self.peering, self.services, metrics=self.metrics
+        )
+
+    @property
+    def peer_id(self) -> str:
+        return self.mesh.peer_id
+
+    @property
+    def memory_mesh(self) -> MemoryMesh:
+        assert isinstance(self.mesh, MemoryMesh)
+        return self.mesh
+
+    @property
+    def addr(self) -> str:
+        """Where it will listen, known before it runs."""
+        return f"{self.memory_mesh.transport_addr}/p2p/{self.peer_id}"
+
+    def compose(self, seq: int, state: State) -> NodeData:
+        return NodeData(
+            id=self.peer_id,
+            name=self.name,
+            services=tuple(
+                ServiceData(
+                    service_id=s.service_id,
+                    in_flight=self.services.in_flight(s.service_id),
+                    max_in_flight=s.max_in_flight,
+                    healthy=self.services.is_healthy(s.service_id),
+                )
+                for s in self.services.services
+            ),
+            available_vram=self.vram,
+            addrs=self.mesh.addrs,
+            seq=seq,
+            state=state,
+        )
+
+    async def run(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.mesh.run_forever)
+                nursery.start_soon(self.announcer.announce_forever)
+                nursery.start_soon(self.hearer.expire_forever)
+                task_status.started()
+                try:
+                    await self.peering.run_forever()
+                except TokenRefused as exc:
+                    self.failure = exc
+                    nursery.cancel_scope.cancel()
+
+    def kill(self) -> None:
+        """End at once, without a goodbye: what kill -9 is to a process."""
+        self.scope.cancel()
+
+    def online(self) -> set[str]:
+        """Names of the nodes that are online by this node's ledger."""
+        return {entry.node.name for entry in self.ledger.online(trio.current_time())}
+
+    def linked(self) -> set[str]:
+        return {link.peer_id for link in self.mesh.links()}
+
+    def entry(self, settings: EntrySettings | None = None) -> EntryPoint:
+        async def refuse(stream: trio.SocketStream, reason: str) -> None:
+            self.refused.append(reason)
+            await stream.aclose()
+
+        return EntryPoint(
+            self.router,
+            self.upstreams,
+            choose_service=lambda: choose_service(
+                None, self.ledger.services_online(trio.current_time())
+            ),
+            refuse=refuse,
+            metrics=self.metrics,
+            wall_time=lambda: 0.0,
+            settings=settings or EntrySettings(),
+        )
+
+    def counted(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"meshnode_{name}", labels) or 0.0
+
+
+class MakeNode(Protocol):
+    def __call__(self, name: str, *, keys: Sequence[bytes] = ..., **options: object) -> Node: ...
+
+
+@pytest.fixture
+def network() -> MemoryNetwork:
+    return MemoryNetwork(random.Random(1))
+
+
+@pytest.fixture
+def make_node(network: MemoryNetwork) -> MakeNode:
+    """Build a whole node on the memory mesh; ``keys`` are its own, the rest goes to Node."""
+
+    def make(name: str, *, keys: Sequence[bytes] = (KEY,), **options: object) -> Node:
+        return Node(network.node(name, keys=keys), name, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def make_libp2p_node() -> MakeNode:
+    """Build a whole node on real sockets; the options are those of Node."""
+
+    def make(name: str, *, keys: Sequence[bytes] = (KEY,), **options: object) -> Node:
+        mesh = Libp2pMesh(
+            identity=ephemeral_identity(),
+            listen=("/ip4/127.0.0.1/tcp/0",),
+            keys=tuple(keys),
+            metrics=Metrics(),
+        )
+        return Node(mesh, name, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+async def start(nursery: trio.Nursery) -> AsyncIterator[Callable[..., Awaitable[None]]]:
+    """Start nodes, and stop them when the test is over."""
+
+    async def start(*nodes: Node) -> None:
+        for node in nodes:
+            await nursery.start(node.run)
+
+    yield start
+    nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., Awaitable[float]]:
+    """Wait for a condition on the test's clock; return the seconds that it took."""
+
+    async def wait(condition: Callable[[], bool], *, within: float, step: float = 0.05) -> float:
+        start = trio.current_time()
+        while not condition():
+            assert trio.current_time() - start <= within, f"did not come true within {within} s"
+            await trio.sleep(step)
+        return trio.current_time() - start
+
+    return wait
 
 
 @pytest.fixture
@@ -39,14 +253,46 @@ def libp2p_meshes() -> Callable[..., AbstractAsyncContextManager[list[Mesh]]]:
             )
             for number in range(count)
         ]
-        async with trio.open_nursery() as nursery:
-            for number, mesh in enumerate(meshes):
-                if prepare is not None:
-                    prepare(mesh)
-                await nursery.start(mesh.run_forever)
-                for earlier in meshes[:number] if linked else ():
-                    await mesh.dial(earlier.addrs[0], timeout=5)
+        async with _running(meshes, prepare, linked=linked):
             yield meshes
-            nursery.cancel_scope.cancel()
 
     return run
+
+
+@pytest.fixture
+def memory_meshes(
+    network: MemoryNetwork,
+) -> Callable[..., AbstractAsyncContextManager[list[Mesh]]]:
+    """The same as ``libp2p_meshes``, in process."""
+
+    @asynccontextmanager
+    async def run(
+        count: int,
+        *,
+        prepare: Callable[[Mesh], None] | None = None,
+        keys: tuple[tuple[bytes, ...], ...] | None = None,
+        linked: bool = True,
+    ) -> AsyncIterator[list[Mesh]]:
+        meshes: list[Mesh] = [
+            network.node(f"m{number}", keys=keys[number] if keys else (KEY,))
+            for number in range(count)
+        ]
+        async with _running(meshes, prepare, linked=linked):
+            yield meshes
+
+    return run
+
+
+@asynccontextmanager
+async def _running(
+    meshes: list[Mesh], prepare: Callable[[Mesh], None] | None, *, linked: bool
+) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        for number, mesh in enumerate(meshes):
+            if prepare is not None:
+                prepare(mesh)
+            await nursery.start(mesh.run_forever)
+            for earlier in meshes[:number] if linked else ():
+                await mesh.dial(earlier.addrs[0], timeout=5)
+        yield
+        nursery.cancel_scope.cancel()
