@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -10,35 +11,46 @@ import typer
 from meshnode import __version__
 from meshnode.cli import demo, gpus, queries, token, up
 
-# Plain help: the rich one takes a tenth of a second longer, and pipes badly.
-_app = typer.Typer(
-    name="meshnode",
-    help="Join GPU hosts into one mesh: every request reaches the best free GPU.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-_tokens = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-
-_app.command("up")(up.up)
-_app.add_typer(_tokens, name="token", help="Make a token, or see what one says.")
-_tokens.command("new")(token.new)
-_tokens.command("show")(token.show)
-_app.command("status")(queries.status)
-_app.command("peers")(queries.peers)
-_app.command("explain")(queries.explain)
-_app.command("gpus")(gpus.gpus)
-_app.command("demo")(demo.demo)
+_COMPLETION_VARIABLE = "_MESHNODE_COMPLETE"
 
 
 def invoke(argv: Sequence[str]) -> int:
     """Run one command; usage errors are told on stderr and end with 2."""
+    # Typer loads pydantic to look at the values of its two completion options, which a verb's
+    # --help can't wait for; they stand before any verb, so they are left off after one.
+    completes = not argv or argv[0].startswith("-") or _COMPLETION_VARIABLE in os.environ
     try:
-        _app(args=list(argv), prog_name="meshnode")
+        build_app(completes=completes)(
+            args=list(argv), prog_name="meshnode", complete_var=_COMPLETION_VARIABLE
+        )
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else 1
     return 0
+
+
+def build_app(*, completes: bool) -> typer.Typer:
+    """Return the command line; ``completes`` adds the options that install shell completion."""
+    app = typer.Typer(
+        name="meshnode",
+        no_args_is_help=True,
+        # Plain help: the rich one takes a tenth of a second longer, and pipes badly.
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=completes,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_options)
+    app.command("up")(up.up)
+    app.command("status")(queries.status)
+    app.command("peers")(queries.peers)
+    app.command("explain")(queries.explain)
+    app.command("gpus")(gpus.gpus)
+    app.command("demo")(demo.demo)
+    tokens = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+    tokens.command("new")(token.new)
+    tokens.command("show")(token.show)
+    app.add_typer(tokens, name="token", help="Make a token, or see what one says.")
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,7 +59,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@_app.callback()
 def _options(
     version: Annotated[
         bool,

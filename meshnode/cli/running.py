@@ -82,8 +82,8 @@ def announce_ready(config: Config, facts: Mapping[str, object]) -> None:
     ``facts`` holds peer_id, addrs, proxy and api, as the node bound them.
     """
     if config.log_format == "pretty":
-        for line in ready_lines(config, facts):
-            say(line)
+        for readable in ready_lines(config, facts):
+            say(readable)
         return
     line: dict[str, object] = {"event": "ready", "schema_version": 1}
     line |= {key: facts.get(key) for key in ("peer_id", "addrs", "proxy", "api")}
