@@ -8,6 +8,7 @@ between them, and waits outside of it; cancelling one harms nobody.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 
@@ -244,10 +245,10 @@ class YamuxConn(IMuxedConn):
         self._output = trio.Event()
         self._arrivals = trio.Event()
         self._pings: dict[int, trio.Event] = {}
-        self._lingering: dict[Stream, float] = {}  # stream -> when to reset it, oldest first
         self._lingers = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._is_closing = False
+        self._hurry_at = math.inf  # when closing stops to wait for windows that are full
         self._has_ended = False
         self._reason = "the connection was lost"
 
@@ -378,14 +379,12 @@ class YamuxConn(IMuxedConn):
 
     def linger(self, state: Stream) -> None:
         """Reset the stream if the other side has not finished it after a while."""
-        if not state.gone:
-            self._lingering[state] = trio.current_time() + _LINGER
-            self._lingers.set()
+        self._core.linger(state, until=trio.current_time() + _LINGER)
+        self._lingers.set()
 
     def unlinger(self, state: Stream) -> None:
         """Somebody reads on: the stream is theirs to end."""
-        if self._lingering:
-            self._lingering.pop(state, None)
+        self._core.lingering.pop(state, None)
 
     # The tasks.
 
@@ -424,9 +423,12 @@ class YamuxConn(IMuxedConn):
                         messages.append(message)
                 if messages:
                     await self._channel.send(messages)
-                else:
-                    self._output = trio.Event()
+                    continue
+                self._output = trio.Event()
+                with trio.move_on_at(self._hurry_at) as waiting:
                     await self._output.wait()
+                if waiting.cancelled_caught:
+                    core.hurry()
             await self._channel.send_eof()
             # The other side reads what came and closes in turn, unless it is not there any more.
             self._close_by(trio.current_time() + _GOODBYE_LIMIT)
@@ -435,18 +437,13 @@ class YamuxConn(IMuxedConn):
 
     async def _end_lingering_forever(self) -> None:
         while True:
-            self._lingers = trio.Event()
-            await self._lingers.wait()
-            while self._lingering:
-                state, deadline = next(iter(self._lingering.items()))
-                if not state.gone and deadline > trio.current_time():
-                    await trio.sleep_until(deadline)
-                    # It may have been taken up again meanwhile.
-                    if self._lingering.get(state) != deadline:
-                        continue
-                self._lingering.pop(state, None)
-                state.reset()
-                self.kick()
+            due = self._core.end_lingering(trio.current_time())
+            self.kick()
+            if due is not None:
+                await trio.sleep_until(due)
+            else:
+                self._lingers = trio.Event()
+                await self._lingers.wait()
 
     # The end.
 
@@ -458,14 +455,8 @@ class YamuxConn(IMuxedConn):
         self._arrivals.set()
         self._core.say_goodbye(code)
         self._output.set()
-        if self._nursery is not None and not self._has_ended:
-            self._close_by(trio.current_time() + flush_limit + _GOODBYE_LIMIT)
-            self._nursery.start_soon(self._hurry_after, flush_limit)
-
-    async def _hurry_after(self, seconds: float) -> None:
-        await trio.sleep(seconds)
-        self._core.hurry()
-        self._output.set()
+        self._hurry_at = trio.current_time() + flush_limit
+        self._close_by(self._hurry_at + _GOODBYE_LIMIT)
 
     def _close_by(self, deadline: float) -> None:
         if self._nursery is not None:
@@ -492,7 +483,6 @@ class YamuxConn(IMuxedConn):
             return
         self._has_ended = True
         self._core.end(self._reason)
-        self._lingering.clear()
         self._arrivals.set()
         for answered in self._pings.values():
             answered.set()

@@ -32,7 +32,10 @@ from meshnode.net.libp2p.yamux_stream import Stream
 
 # A data frame smaller than this at the end of a message costs more than it carries.
 _MIN_SLICE = 4096  # bytes
-# rust-yamux opens no more than 256 streams that were not acknowledged.
+# go-yamux resets streams beyond 256 that its user did not take yet, and acknowledges them when
+# they are taken: this many SYNs are under way at a time, as with go-yamux and rust-yamux.
+_MAX_UNACKNOWLEDGED = 256
+# Fewer than what would make such a peer wait.
 _MAX_WITHHELD_ACKS = 64
 
 
@@ -49,12 +52,16 @@ class Connection:
         self.backlog: deque[Stream] = deque()  # inbound ones that nobody took yet
         self.pongs: list[int] = []  # answers to own pings, for the shell to take away
         self.queued = 0  # bytes in all outboxes
+        # Streams that this side is done with -> when to give up on the other; oldest first.
+        self.lingering: dict[Stream, float] = {}
         self.ended: str | None = None  # why the connection is over
         self.peer_leaves = False  # its GO_AWAY came
         self.said_goodbye = False  # own GO_AWAY was handed out: the last frame of all
         self._next_id = 1 if is_initiator else 2
         self._peer_parity = 0 if is_initiator else 1
         self._unannounced: set[Stream] = set()
+        self._waiting: dict[Stream, None] = {}  # unannounced ones that want to be, in turn
+        self._unanswered = 0  # outbound streams whose SYN nothing came back for yet
         self._outbound = 0
         self._inbound = 0
         self._next_ping = 0
@@ -63,7 +70,7 @@ class Connection:
         # Output.
         self._control: deque[bytes] = deque()
         self._owing: dict[Stream, None] = {}  # streams with a SYN or credit to tell of
-        self._unacknowledged: dict[Stream, None] = {}  # inbound streams whose ACK is withheld
+        self._acks: dict[Stream, None] = {}  # streams taken here, whose ACK is withheld
         self._ready: deque[Stream] = deque()  # streams with data or a FIN to send, in turn
         self._goodbye: int | None = None  # GO_AWAY code
         self._hurried = False
@@ -85,7 +92,7 @@ class Connection:
             self._control
             or self._owing
             or self._ready
-            or len(self._unacknowledged) >= _MAX_WITHHELD_ACKS
+            or len(self._acks) >= _MAX_WITHHELD_ACKS
             or (self._goodbye is not None and self._may_say_goodbye)
         )
 
@@ -118,6 +125,8 @@ class Connection:
         while self.backlog:
             stream = self.backlog.popleft()
             if not stream.gone:
+                # An ACK alone does not deserve a packet; it goes with whatever is sent next.
+                self._acks[stream] = None
                 return stream
         return None
 
@@ -165,10 +174,10 @@ class Connection:
                 parts.append(self._window_update(stream))
                 room -= HEADER.size
         room = self._take_data(parts, room)
-        if parts or len(self._unacknowledged) >= _MAX_WITHHELD_ACKS:
-            while self._unacknowledged and room >= HEADER.size:
-                stream = next(iter(self._unacknowledged))
-                del self._unacknowledged[stream]
+        if parts or len(self._acks) >= _MAX_WITHHELD_ACKS:
+            while self._acks and room >= HEADER.size:
+                stream = next(iter(self._acks))
+                del self._acks[stream]
                 if stream.flags_due and not stream.gone:
                     parts.append(self._window_update(stream))
                     room -= HEADER.size
@@ -217,6 +226,21 @@ class Connection:
         stream.flags_due = stream.credit_due = 0
         return frame
 
+    def linger(self, stream: Stream, *, until: float) -> None:
+        """Wait for the peer to finish the stream too, but not for ever."""
+        if not stream.gone:
+            self.lingering.pop(stream, None)
+            self.lingering[stream] = until
+
+    def end_lingering(self, now: float) -> float | None:
+        """Reset what lingered until ``now``; return when the next one is due, if there is any."""
+        while self.lingering:
+            stream, until = next(iter(self.lingering.items()))
+            if until > now:
+                return until
+            stream.reset()
+        return None
+
     # What streams ask of their connection.
 
     def control(self, kind: int, flags: int, stream_id: int, length: int) -> None:
@@ -227,18 +251,34 @@ class Connection:
         """Give the stream its ID and owe the peer its SYN.
 
         Not before: an open that is cancelled then costs nothing, and the SYN mostly rides on the
-        first data. IDs are given in the order of the SYNs, as every implementation expects.
+        first data. IDs are given in the order of the SYNs, as every implementation expects. With
+        too many SYNs unanswered the stream waits for its turn, and so do its bytes.
         """
+        if self._unanswered >= _MAX_UNACKNOWLEDGED:
+            self._waiting[stream] = None
+            return
+        self._unanswered += 1
         self._unannounced.discard(stream)
         stream.id = self._next_id
         self._next_id += 2
+        stream.unanswered = True
         stream.flags_due = SYN
         self.streams[stream.id] = stream
         self._owing[stream] = None
 
+    def _on_answer(self, stream: Stream) -> None:
+        stream.unanswered = False
+        self._unanswered -= 1
+        if self._waiting and self._unanswered < _MAX_UNACKNOWLEDGED and self.ended is None:
+            waiting = next(iter(self._waiting))
+            del self._waiting[waiting]
+            self.schedule(waiting)
+
     def schedule(self, stream: Stream) -> None:
         """Put the stream in the queue of senders if it has something to send."""
-        if not stream.id and not stream.gone:
+        if stream.gone:
+            return
+        if not stream.id:
             self.announce(stream)
         if not stream.scheduled and stream.sendable:
             stream.scheduled = True
@@ -264,13 +304,17 @@ class Connection:
         stream.gone = True
         self._growth_left += stream.window - INITIAL_WINDOW
         self._unannounced.discard(stream)
+        self._waiting.pop(stream, None)
         self.streams.pop(stream.id, None)
+        self.lingering.pop(stream, None)
         self._owing.pop(stream, None)
-        self._unacknowledged.pop(stream, None)
+        self._acks.pop(stream, None)
         if stream.outbound:
             self._outbound -= 1
         else:
             self._inbound -= 1
+        if stream.unanswered:
+            self._on_answer(stream)
 
     # Input.
 
@@ -316,6 +360,8 @@ class Connection:
 
     def _on_stream_frame(self, kind: int, flags: int, stream_id: int, length: int) -> None:
         stream = self._open_inbound(stream_id) if flags & SYN else self.streams.get(stream_id)
+        if stream is not None and stream.unanswered:
+            self._on_answer(stream)
         if kind == DATA:
             if stream is not None and length:
                 if stream.ended:
@@ -364,8 +410,6 @@ class Connection:
         stream.flags_due = ACK
         self._inbound += 1
         self.streams[stream_id] = stream
-        # An ACK alone does not deserve a packet; it goes with whatever is sent next.
-        self._unacknowledged[stream] = None
         self.backlog.append(stream)
         return stream
 

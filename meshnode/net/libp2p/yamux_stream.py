@@ -52,6 +52,7 @@ class Stream:
         "recv_credit",
         "scheduled",
         "send_credit",
+        "unanswered",
         "unread",
         "window",
     )
@@ -78,6 +79,7 @@ class Stream:
         self.send_credit = INITIAL_WINDOW  # bytes the peer will still take
         self.fin_queued = False
         self.fin_sent = False
+        self.unanswered = False  # the SYN was queued, and nothing came back yet
         self.flags_due = 0  # SYN or ACK, carried by whatever is sent first
         self.scheduled = False  # stands in the connection's ready queue
         # The end.
@@ -137,7 +139,7 @@ class Stream:
         if self.gone:
             self.let_go = True
             return
-        if not self.id:
+        if not (self.id or self.queued or self.fin_queued):
             self.reset()  # The peer never heard of it: there is nothing to say.
             return
         self.finish()
@@ -216,7 +218,7 @@ class Stream:
     @property
     def sendable(self) -> bool:
         """Whether a data frame could be sent now."""
-        if self.gone:
+        if self.gone or not self.id:
             return False
         if self.queued:
             return self.send_credit > 0

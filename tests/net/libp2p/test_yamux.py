@@ -149,7 +149,45 @@ def test_acks_are_not_withheld_from_a_peer_that_opens_many_streams() -> None:
     connection = Connection(is_initiator=False)
     for stream_id in range(1, 2 * 64, 2):
         connection.receive(frame(WINDOW_UPDATE, SYN, stream_id, 0))
+    # Those that nobody takes are not acknowledged: the peer must not send more and more.
+    assert not connection.has_output
+    while connection.accept():
+        pass
     assert [sent.flags for sent in sent_by(connection)] == [ACK] * 64
+
+
+def test_no_more_than_256_syns_are_under_way_and_the_others_keep_their_bytes() -> None:
+    here, there = make_pair()
+    opened = [here.open() for _ in range(1000)]
+    for number, stream in enumerate(opened):
+        write(stream, b"%d" % number)
+        stream.abandon()
+    accepted = []
+    while len(accepted) < 1000:
+        frames = sent_by(here)
+        assert 0 < len(frames) <= 256
+        for sent in frames:
+            there.receive(frame(sent.kind, sent.flags, sent.stream_id, sent.length, body=sent.body))
+        while stream := there.accept():
+            accepted.append(stream.read(100))
+            stream.finish()
+        for sent in sent_by(there):
+            assert not sent.flags & RST
+            here.receive(frame(sent.kind, sent.flags, sent.stream_id, sent.length))
+    assert accepted == [b"%d" % number for number in range(1000)]
+    assert (here.stream_count, there.stream_count) == (0, 0)
+
+
+def test_a_stream_that_waits_to_be_announced_can_be_given_up() -> None:
+    connection = Connection(is_initiator=True)
+    opened = [connection.open() for _ in range(300)]
+    for stream in opened:
+        write(stream, b"x")
+    sent_by(connection)
+    for stream in reversed(opened):
+        stream.reset()
+    assert all(sent.flags == RST for sent in sent_by(connection))
+    assert connection.stream_count == connection.queued == 0
 
 
 def test_a_fin_never_shares_a_frame_with_an_ack_because_py_libp2p_overlooks_it() -> None:
