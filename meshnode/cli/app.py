@@ -16,29 +16,22 @@ _COMPLETION_VARIABLE = "_MESHNODE_COMPLETE"
 
 def invoke(argv: Sequence[str]) -> int:
     """Run one command; usage errors are told on stderr and end with 2."""
-    # Typer loads pydantic to look at the values of its two completion options, which a verb's
-    # --help can't wait for; they stand before any verb, so they are left off after one.
-    completes = not argv or argv[0].startswith("-") or _COMPLETION_VARIABLE in os.environ
     try:
-        build_app(completes=completes)(
-            args=list(argv), prog_name="meshnode", complete_var=_COMPLETION_VARIABLE
-        )
+        build_app(argv)(args=list(argv), prog_name="meshnode", complete_var=_COMPLETION_VARIABLE)
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else 1
     return 0
 
 
-def build_app(*, completes: bool) -> typer.Typer:
-    """Return the command line; ``completes`` adds the options that install shell completion."""
-    app = typer.Typer(
-        name="meshnode",
-        no_args_is_help=True,
-        # Plain help: the rich one takes a tenth of a second longer, and pipes badly.
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        add_completion=completes,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
+def build_app(argv: Sequence[str]) -> typer.Typer:
+    """Return the command line for ``argv``.
+
+    Typer loads pydantic to look at the value of any option, also one that was not given, and a
+    verb's --help can't wait for that. So the options of a group, --help and those that install
+    shell completion, are left off where a verb follows it.
+    """
+    completing = _COMPLETION_VARIABLE in os.environ
+    app = _group(bare=completing or not argv or argv[0].startswith("-"))
     app.callback()(_options)
     app.command("up")(up.up)
     app.command("status")(queries.status)
@@ -46,11 +39,23 @@ def build_app(*, completes: bool) -> typer.Typer:
     app.command("explain")(queries.explain)
     app.command("gpus")(gpus.gpus)
     app.command("demo")(demo.demo)
-    tokens = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+    tokens = _group(bare=completing or len(argv) < 2 or argv[1].startswith("-"), nested=True)
     tokens.command("new")(token.new)
     tokens.command("show")(token.show)
     app.add_typer(tokens, name="token", help="Make a token, or see what one says.")
     return app
+
+
+def _group(*, bare: bool, nested: bool = False) -> typer.Typer:
+    return typer.Typer(
+        no_args_is_help=True,
+        # Plain help: the rich one takes a tenth of a second longer, and pipes badly.
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_help_option=bare,
+        add_completion=bare and not nested,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def _print_version(wanted: bool) -> None:
