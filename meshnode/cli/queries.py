@@ -32,7 +32,7 @@ _PEER_COLUMNS = (
     *("NAME", "PEER ID", "STATE", ">SEEN", ">FREE VRAM", ">TOTAL", ">IN FLIGHT"),
     *("SERVICES", "MODELS", ">RTT"),
 )
-_CANDIDATE_COLUMNS = ("", "NAME", "PEER ID", ">IN FLIGHT", ">FREE VRAM", ">LAST USED", "EXCLUDED")
+CANDIDATE_COLUMNS = ("", "NAME", "PEER ID", ">IN FLIGHT", ">FREE VRAM", ">LAST USED", "EXCLUDED")
 # How each tier reads to people.
 TIERS = {
     "only": "nobody else could",
@@ -92,7 +92,7 @@ def explain(
     if as_json:
         print_json(body)
     else:
-        print_table(_CANDIDATE_COLUMNS, candidate_rows(body))
+        print_table(CANDIDATE_COLUMNS, candidate_rows(body))
         print(why(body))
     if body.get("picked") is None and body.get("tier") != "random":
         raise NoCandidate(f"nobody can serve {plain(body.get('service_id'))} now")
@@ -110,7 +110,7 @@ def candidate_rows(decision: Mapping[str, object]) -> list[tuple[object, ...]]:
             _age(row.get("last_used_s")),
             row.get("excluded"),
         )
-        for row in _maps(decision.get("candidates"))
+        for row in maps(decision.get("candidates"))
     ]
 
 
@@ -121,7 +121,7 @@ def why(decision: Mapping[str, object]) -> str:
     reason = TIERS.get(tier, tier)
     if picked is None:
         return f"nobody is picked beforehand; decided by: {reason}"
-    names = {row["peer_id"]: row.get("name") for row in _maps(decision.get("candidates"))}
+    names = {row["peer_id"]: row.get("name") for row in maps(decision.get("candidates"))}
     return plain(f"{names.get(picked) or short_id(picked)}; decided by: {reason}")
 
 
@@ -150,8 +150,8 @@ def _watch_peers(api: Api, as_json: bool) -> None:
 
 def _peer_rows(body: Mapping[str, object]) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
-    for peer in _maps(body.get("peers")):
-        services = _maps(peer.get("services"))
+    for peer in maps(body.get("peers")):
+        services = maps(peer.get("services"))
         models = [str(model) for service in services for model in _list(service.get("models"))]
         is_self = peer.get("peer_id") == body.get("self")
         rows.append(
@@ -183,7 +183,7 @@ def _status_lines(body: Mapping[str, object]) -> list[tuple[str, object]]:
         ("addresses", ", ".join(_words(body.get("addrs")))),
         ("proxy", body.get("proxy")),
         ("api", body.get("api")),
-        ("services", ", ".join(_service_word(s) for s in _maps(body.get("services")))),
+        ("services", ", ".join(_service_word(s) for s in maps(body.get("services")))),
         ("VRAM", f"{free} free of {total}, {plain(body.get('gpu_count'))} GPUs"),
         ("in flight", body.get("own_in_flight")),
         ("peers", f"{body.get('peers_online')} online, {body.get('peers_known')} known"),
@@ -223,5 +223,6 @@ def _words(value: object) -> list[str]:
     return [str(item) for item in _list(value)]
 
 
-def _maps(value: object) -> list[Mapping[str, object]]:
+def maps(value: object) -> list[Mapping[str, object]]:
+    """Return the objects in a JSON list; nothing where it is none."""
     return [item for item in _list(value) if isinstance(item, dict)]
