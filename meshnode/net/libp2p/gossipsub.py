@@ -15,6 +15,7 @@ from libp2p.pubsub.gossipsub import PROTOCOL_ID_V11, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 
 from meshnode.errors import WireError
+from meshnode.metrics import Metrics
 from meshnode.net.libp2p.pubsub_wire import (
     MAX_CONTROL_ENTRIES,
     MAX_MESSAGE_BYTES,
@@ -36,7 +37,7 @@ _MAX_REPLAYED_MESSAGES = 128
 class MeshGossipSub(GossipSub):
     """GossipSub v1.1 that floods own messages, and never prunes below its number of links."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         super().__init__(
             # v1.2's IDONTWANT is one more RPC per message and peer: twice the CPU for us.
             [PROTOCOL_ID_V11],
@@ -54,6 +55,7 @@ class MeshGossipSub(GossipSub):
             eclipse_protection_enabled=False,
         )
         self.scorer = None  # all its weights are 0
+        self._dropped = metrics.protocol_faults.labels(protocol="pubsub", code="reads_too_slowly")
 
     async def heartbeat(self) -> None:
         """Keep the mesh in shape, and gossip, until cancelled."""
@@ -207,11 +209,12 @@ class MeshGossipSub(GossipSub):
         queue = self._queues().get(peer_id)
         if queue is not None:
             for frame in frames:
-                queue.push(frame, urgent=urgent)
+                if not queue.push(frame, urgent=urgent):
+                    self._dropped.inc()
 
     def _queues(self) -> dict[ID, OutboundQueue]:
         assert self.pubsub is not None
-        return self.pubsub.peer_queues  # type: ignore[return-value]  # MeshPubsub puts ours there
+        return self.pubsub.peer_queues  # type: ignore[return-value]  # ours, put there by TolerantPubsub
 
     def _forget_old_back_offs(self) -> None:
         now = time.time()

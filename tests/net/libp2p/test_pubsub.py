@@ -26,6 +26,7 @@ from libp2p.pubsub.validators import PUBSUB_SIGNING_PREFIX
 from multiaddr import Multiaddr
 
 from meshnode.metrics import Metrics
+from meshnode.net.libp2p.muxer import use_our_muxer
 from meshnode.net.libp2p.pubsub import MeshPubsub
 from meshnode.net.libp2p.pubsub_wire import encode_frame
 from meshnode.net.mesh import Verdict
@@ -71,6 +72,7 @@ async def running(
 ) -> AsyncIterator[Node]:
     listen = [Multiaddr("/ip4/127.0.0.1/tcp/0")]
     host = new_host(key_pair=key_pair or create_new_key_pair(), listen_addrs=listen)
+    use_our_muxer(host)
     metrics = Metrics()
     node = Node(host, MeshPubsub(host, metrics=metrics), metrics)
     for topic in topics:
@@ -423,6 +425,7 @@ class RawPeer:
 async def raw_peer() -> AsyncIterator[RawPeer]:
     listen = [Multiaddr("/ip4/127.0.0.1/tcp/0")]
     peer = RawPeer(new_host(key_pair=create_new_key_pair(), listen_addrs=listen))
+    use_our_muxer(peer.host)
 
     async def keep(stream: INetStream) -> None:
         peer.inbound.append(stream)
