@@ -69,6 +69,10 @@ class RouterMachine(RuleBasedStateMachine):
         self.router = Router(
             self.ledger, self_id="self", policy=policy, rng=random.Random(1), max_decisions=5
         )
+        # Start with a mesh at work, so that few steps are lost on building one.
+        for peer_id in PEERS[:4]:
+            offers = {service: Offer(0, 0, True) for service in SERVICES}
+            self.announce(peer_id, "up", 8, offers, True)
 
     # What may happen
 
@@ -179,6 +183,18 @@ class RouterMachine(RuleBasedStateMachine):
             for c in sorted(able, key=lambda c: (c.in_flight, c.last_used, -c.available_vram))
         ]
         self.picked(lease)
+
+    @rule(service=services, count=st.integers(2, 6))
+    def a_burst(self, service: str, count: int) -> None:
+        for _ in range(count):
+            self.lease(service, frozenset(), False)
+
+    @rule(peer_id=peers, more=st.integers(0, 3))
+    def a_busy_peer_announces_its_load(self, peer_id: str, more: int) -> None:
+        offers = {
+            service: Offer(self.own[peer_id, service] + more, 0, True) for service in SERVICES
+        }
+        self.announce(peer_id, "up", 8, offers, False)
 
     @rule(service=services, wanted=peers, exclude=st.frozensets(peers, max_size=1))
     def lease_of_one(self, service: str, wanted: str, exclude: frozenset[str]) -> None:
