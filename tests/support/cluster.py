@@ -226,28 +226,29 @@ class Cluster:
         """Start a node and wait until it is ready."""
         return self.start_node(name, *args, **settings).wait_ready()
 
-    def engine(self, name: str, *args: str) -> Engine:
+    def start_engine(self, name: str, *args: str) -> Engine:
+        """Start an engine without waiting for it."""
         argv = [sys.executable, "-m", "meshnode.testing.engine", "--name", name, "--port", "0"]
         engine = Engine([*argv, *args], self.env())
         self.processes.append(engine)
-        return engine.wait_ready()
+        return engine
+
+    def engine(self, name: str, *args: str) -> Engine:
+        return self.start_engine(name, *args).wait_ready()
 
     def hosts(self, *vram: int) -> list[Node]:
         """One host per entry of ``vram`` (GiB), each before an engine named as the host."""
-        engines = [self.engine(f"host{gib}") for gib in vram]
+        engines = [self.start_engine(f"host{gib}") for gib in vram]
         nodes: list[Node] = []
         for gib, engine in zip(vram, engines, strict=True):
+            service = f"llm={engine.wait_ready().address}"
+            args = ("--vram", f"{gib}GiB", "--expose", service)
             nodes.append(
-                self.node(
-                    f"host{gib}",
-                    "--vram",
-                    f"{gib}GiB",
-                    "--expose",
-                    f"llm={engine.address}",
-                    bootstrap=nodes[0] if nodes else None,
-                )
+                self.start_node(f"host{gib}", *args, bootstrap=nodes[0] if nodes else None)
             )
-        return nodes
+            if len(nodes) == 1:
+                nodes[0].wait_ready()
+        return [node.wait_ready() for node in nodes]
 
     def entry(self, bootstrap: Node, *args: str, name: str = "laptop") -> Node:
         """A node with a proxy and no service of its own."""
