@@ -21,6 +21,8 @@ FIRST_RETRY = 0.25  # seconds
 LAST_RETRY = 30.0  # seconds
 # Peers whose failures are remembered; more than a ledger holds are never dialled.
 _MAX_REMEMBERED = 10_000
+# Peers that were found rather than told; a local network is smaller.
+_MAX_FOUND = 1_000
 
 
 class Backoff:
@@ -60,6 +62,7 @@ class Dialler:
         self._under_way: dict[str, trio.Event] = {}
         self._failures: dict[str, _Failures] = {}
         self._worked: dict[str, str] = {}  # the address that last led to a peer
+        self._found: dict[str, tuple[str, ...]] = {}  # told by others than the peer itself
 
     def is_linked(self, peer_id: str) -> bool:
         return any(link.peer_id == peer_id for link in self._mesh.links())
@@ -75,10 +78,19 @@ class Dialler:
         suffix = f"/p2p/{peer_id}"
         told = entry.node.addrs if entry is not None else ()
         addrs = [addr if "/p2p/" in addr else addr + suffix for addr in told]
+        # Signed ones first: anybody on the local network can make up where a peer may be found.
+        addrs += self._found.get(peer_id, ())
         addrs = [addr for addr in addrs if addr.endswith(suffix)]
         if (worked := self._worked.get(peer_id)) is not None:
             addrs.insert(0, worked)
         return tuple(dict.fromkeys(addrs))
+
+    def learn(self, peer_id: str, addrs: tuple[str, ...]) -> None:
+        """Remember where a peer was found, the best address first, and forget what was before."""
+        self._found.pop(peer_id, None)
+        if len(self._found) >= _MAX_FOUND:
+            self._found.pop(next(iter(self._found)))
+        self._found[peer_id] = addrs
 
     async def connect(self, peer_id: str, *, timeout: float = DIAL_TIMEOUT) -> None:
         """Make a link to a peer of the ledger unless there is one.

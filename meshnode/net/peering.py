@@ -7,6 +7,7 @@ links each stays whole though a third of its nodes die, and needs its bootstraps
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import structlog
 import trio
@@ -34,6 +35,8 @@ _NEXT_EXCHANGE = (45.0, 75.0)
 _REUNITE_INTERVAL = (3.0, 5.0)
 _REUNITE_AT_ONCE = 3
 _REUNITE_WITHIN = 3600.0  # seconds since the last life sign
+# Peers found on the local network that wait to be dialled; more come again with their next answer.
+_MAX_FOUND_WAITING = 64
 # Strangers whose refusal was logged; enough not to fill a log with one misconfigured rack.
 _MAX_REFUSALS_LOGGED = 256
 
@@ -76,6 +79,7 @@ class Peering:
             mesh, ledger, self._dialler, forget_load=forget_load, metrics=metrics
         )
         self._events, self._heard_events = trio.open_memory_channel[LinkEvent](float("inf"))
+        self._found, self._heard_found = trio.open_memory_channel[str](_MAX_FOUND_WAITING)
         self._links_changed = trio.Event()
         self._needs_ledger = True
         self._refused_by: dict[str, TokenRefused] = {}  # bootstraps, by address
@@ -98,6 +102,7 @@ class Peering:
             self._nursery.start_soon(self._follow_links_forever)
             self._nursery.start_soon(self._fill_links_forever)
             self._nursery.start_soon(self._reunite_forever)
+            self._nursery.start_soon(self._dial_found_forever)
             self._nursery.start_soon(self._exchange_ledgers_forever)
             self._nursery.start_soon(self._liveness.keep_alive_forever)
         if self._fatal is not None:
@@ -115,6 +120,22 @@ class Peering:
     def report_unreachable(self, peer_id: str, error: str) -> None:
         """Take a peer out of the candidates at once: a stream to it could not be opened."""
         self._liveness.take_out(peer_id, "open_failed", error)
+
+    def found(self, addrs: tuple[str, ...]) -> None:
+        """Dial a peer that another discovery found, unless links are enough; never waits.
+
+        Args:
+            addrs: its multiaddrs, best first, each ending in the same ``/p2p/<peer ID>``.
+        """
+        peer_id = addrs[0].rpartition("/p2p/")[2]
+        if peer_id == self._mesh.peer_id or len(self._mesh.links()) >= self._all_links_up_to:
+            return
+        self._dialler.learn(peer_id, addrs)
+        entry = self._ledger.get(peer_id)
+        # One that is online for us is in this mesh already, and gets a link if links are few.
+        if entry is None or not entry.is_online_at(trio.current_time()):
+            with suppress(trio.WouldBlock):
+                self._found.send_nowait(peer_id)
 
     # Links
 
@@ -220,6 +241,12 @@ class Peering:
             await self._dialler.connect(peer_id, timeout=DIAL_TIMEOUT)
         except MeshError as exc:
             log.debug("dial_failed", peer_id=peer_id, error=str(exc))
+
+    async def _dial_found_forever(self) -> None:
+        async for peer_id in self._heard_found:
+            # Whoever can't be reached now is found again by a later answer of its own.
+            if self._dialler.may_try(peer_id, trio.current_time()):
+                self._nursery.start_soon(self._try_to_connect, peer_id)
 
     async def _reunite_forever(self) -> None:
         while True:
