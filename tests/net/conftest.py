@@ -120,9 +120,7 @@ class Node:
             state=state,
         )
 
-    async def run(
-        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         with self.scope:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.mesh.run_forever)

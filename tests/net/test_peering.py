@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.lowlevel
 
 from meshnode.errors import TokenRefused
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
-async def test_twelve_nodes_that_know_one_bootstrap_all_learn_all(make_node, start, wait_until):
+async def test_twelve_nodes_that_know_one_bootstrap_all_learn_all(
+    make_node, start, wait_until, autojump_clock
+):
     boot = make_node("n0")
     nodes = [boot, *(make_node(f"n{i}", bootstraps=(boot.addr,)) for i in range(1, 12))]
     everybody = {node.name for node in nodes}
@@ -20,7 +21,9 @@ async def test_twelve_nodes_that_know_one_bootstrap_all_learn_all(make_node, sta
     assert all(node.peering.joined.is_set() for node in nodes)
 
 
-async def test_the_mesh_stays_fresh_a_minute_after_its_bootstrap_died(make_node, start, wait_until):
+async def test_the_mesh_stays_fresh_a_minute_after_its_bootstrap_died(
+    make_node, start, wait_until, autojump_clock
+):
     boot = make_node("n0")
     nodes = [make_node(f"n{i}", bootstraps=(boot.addr,)) for i in range(1, 12)]
     await start(boot, *nodes)
@@ -40,7 +43,7 @@ async def test_the_mesh_stays_fresh_a_minute_after_its_bootstrap_died(make_node,
 
 
 async def test_a_joiner_whom_every_bootstrap_refuses_stops_within_3_s(
-    make_node, start, wait_until
+    make_node, start, wait_until, autojump_clock
 ):
     boots = [make_node("a"), make_node("b")]
     await start(*boots)
@@ -53,7 +56,9 @@ async def test_a_joiner_whom_every_bootstrap_refuses_stops_within_3_s(
     assert took < 1
 
 
-async def test_a_joiner_whom_one_of_two_bootstraps_refuses_goes_on(make_node, start, wait_until):
+async def test_a_joiner_whom_one_of_two_bootstraps_refuses_goes_on(
+    make_node, start, wait_until, autojump_clock
+):
     stranger, friend = make_node("a", keys=(b"other",)), make_node("b")
     await start(stranger)
     joiner = make_node("c", bootstraps=[stranger.addr, friend.addr])
@@ -68,7 +73,9 @@ async def test_a_joiner_whom_one_of_two_bootstraps_refuses_goes_on(make_node, st
     assert joiner.failure is None
 
 
-async def test_a_refused_stranger_does_not_end_a_node_that_listens(make_node, start, wait_until):
+async def test_a_refused_stranger_does_not_end_a_node_that_listens(
+    make_node, start, wait_until, autojump_clock
+):
     node = make_node("a")
     await start(node)
     await start(make_node("x", keys=(b"wrong",), bootstraps=[node.addr]))
@@ -78,7 +85,7 @@ async def test_a_refused_stranger_does_not_end_a_node_that_listens(make_node, st
 
 
 async def test_a_bootstrap_that_comes_late_is_joined_within_two_seconds(
-    make_node, start, wait_until
+    make_node, start, wait_until, autojump_clock
 ):
     boot = make_node("late")
     node = make_node("early", bootstraps=[boot.addr])
@@ -91,7 +98,9 @@ async def test_a_bootstrap_that_comes_late_is_joined_within_two_seconds(
     assert await wait_until(node.peering.joined.is_set, within=5) <= 2
 
 
-async def test_a_killed_peer_is_no_candidate_within_a_second(make_node, start, wait_until):
+async def test_a_killed_peer_is_no_candidate_within_a_second(
+    make_node, start, wait_until, autojump_clock
+):
     a = make_node("a")
     b, c = (make_node(name, bootstraps=[a.addr]) for name in "bc")
     await start(a, b, c)
@@ -105,7 +114,7 @@ async def test_a_killed_peer_is_no_candidate_within_a_second(make_node, start, w
 
 
 async def test_a_severed_link_that_is_redialled_evicts_nobody(
-    make_node, start, wait_until, network
+    make_node, start, wait_until, network, autojump_clock
 ):
     a = make_node("a")
     b = make_node("b", bootstraps=[a.addr])
@@ -122,7 +131,7 @@ async def test_a_severed_link_that_is_redialled_evicts_nobody(
 
 @pytest.mark.parametrize("silence", [3.0, 5.0])
 async def test_a_silent_peer_is_found_within_5_s_but_a_stop_of_3_s_evicts_nobody(
-    make_node, start, wait_until, network, silence
+    make_node, start, wait_until, network, silence, autojump_clock
 ):
     a = make_node("a")
     b, c = (make_node(name, bootstraps=[a.addr]) for name in "bc")
@@ -140,7 +149,9 @@ async def test_a_silent_peer_is_found_within_5_s_but_a_stop_of_3_s_evicts_nobody
     assert a.online() == b.online() == c.online() == set("abc")
 
 
-async def test_a_peer_that_left_is_not_dialled_and_not_brought_back(make_node, start, wait_until):
+async def test_a_peer_that_left_is_not_dialled_and_not_brought_back(
+    make_node, start, wait_until, autojump_clock
+):
     a = make_node("a")
     b, c = (make_node(name, bootstraps=[a.addr]) for name in "bc")
     await start(a, b, c)
@@ -156,7 +167,7 @@ async def test_a_peer_that_left_is_not_dialled_and_not_brought_back(make_node, s
 
 
 async def test_two_halves_find_each_other_after_a_minute_apart(
-    make_node, start, wait_until, network
+    make_node, start, wait_until, network, autojump_clock
 ):
     boot = make_node("n0")
     nodes = [boot, *(make_node(f"n{i}", bootstraps=[boot.addr]) for i in range(1, 8))]
@@ -176,7 +187,7 @@ async def test_two_halves_find_each_other_after_a_minute_apart(
 
 
 async def test_beyond_thirty_nodes_each_keeps_some_links_and_all_hear_all(
-    make_node, start, wait_until
+    make_node, start, wait_until, autojump_clock
 ):
     boot = make_node("n0")
     nodes = [boot, *(make_node(f"n{i}", bootstraps=[boot.addr]) for i in range(1, 50))]
@@ -189,16 +200,16 @@ async def test_beyond_thirty_nodes_each_keeps_some_links_and_all_hear_all(
     assert min(len(n.mesh.links()) for n in nodes) >= 6
 
 
-async def test_a_node_alone_has_joined(make_node, start):
+async def test_a_node_alone_has_joined(make_node, start, autojump_clock):
     node = make_node("a")
     await start(node)
-    await trio.sleep(0)
+    await trio.lowlevel.checkpoint()
     assert node.peering.joined.is_set()
     assert node.online() == {"a"}
 
 
 async def test_a_node_killed_and_started_again_is_heard_at_once(
-    make_node, start, wait_until
+    make_node, start, wait_until, autojump_clock
 ):
     a = make_node("a")
     b = make_node("b", bootstraps=[a.addr], start_seq=5000)
