@@ -22,9 +22,6 @@ from starlette.types import ASGIApp
 from meshnode import __version__
 from meshnode.config import Config
 from meshnode.core import token as tokens
-from meshnode.core.ledger import Ledger
-from meshnode.core.node_data import MAX_ADDRS, NodeData, ServiceData, State
-from meshnode.core.router import Router
 from meshnode.errors import ConfigError, ListenFailed, MeshnodeError
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.gpu.probe import find_readers
@@ -32,14 +29,10 @@ from meshnode.http import control_api, server, views
 from meshnode.http.unavailable import answer_unavailable
 from meshnode.metrics import Metrics
 from meshnode.net.federation_entry import EntryPoint, EntrySettings, choose_service
-from meshnode.net.federation_exit import ExitPoint
-from meshnode.net.gossip import Announcer, Hearer, announce_topic
-from meshnode.net.ledger_sync import LedgerSync
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import Identity, load_or_create_identity
-from meshnode.net.local_services import LocalService, LocalServices
-from meshnode.net.peering import Peering
-from meshnode.net.upstream import Upstreams
+from meshnode.net.local_services import LocalService
+from meshnode.net.member import Member, MemberSettings
 
 # A first announcement should carry the free memory; a driver slower than this is not waited for.
 _FIRST_READING = 1.0  # seconds
@@ -63,57 +56,36 @@ class Node:
         self.network, keys, bootstraps = _belonging(config)
         self.fingerprint = tokens.network_fingerprint(keys[0])
         self.identity = _identity(Path(config.state_dir))
-        rng = random.Random()
         self._metrics = metrics = Metrics()
         metrics.build_info.labels(version=__version__, python=platform.python_version()).set(1)
-        self._ledger = Ledger(self.identity.peer_id)
-        self._router = Router(
-            self._ledger, self_id=self.identity.peer_id, policy=config.policy, rng=rng
-        )
         self._gpu = GpuMonitor(find_readers(config.vram), metrics)
-        self._mesh = mesh = Libp2pMesh(
+        self._mesh = Libp2pMesh(
             identity=self.identity,
             listen=config.listen,
             announce_addrs=config.announce_addr,
             keys=keys,
             metrics=metrics,
         )
-        self._hearer = Hearer(
-            self._ledger, self._router, open_sealed=mesh.open_sealed, metrics=metrics
-        )
-        topic = announce_topic(self.network)
-        self._announcer = Announcer(
-            mesh,
-            topic=topic,
-            compose=self._compose,
-            record_own=self._hearer.record_own,
-            rng=rng,
+        self._member = member = Member(
+            self._mesh,
+            MemberSettings(
+                network=self.network,
+                name=config.name,
+                version=__version__,
+                bootstraps=bootstraps,
+                services=tuple(LocalService(s.name, s.host, s.port) for s in config.expose),
+                policy=config.policy,
+                announce_interval=config.announce_interval,
+                online_window=config.online_window,
+            ),
+            gpu=lambda: self._gpu.latest,
+            rng=random.Random(),
             metrics=metrics,
-            # Rises across restarts; a clock set back is made good by what others still relay.
-            start_seq=time.time_ns() // 1_000_000,
-            interval=config.announce_interval,
+            wall_time=time.time,
         )
-        self._hearer.on_own_seq = self._announcer.rise_above
-        mesh.subscribe(topic, self._hearer.hear)
-        sync = LedgerSync(mesh, self._ledger, take_record=self._hearer.take_record, metrics=metrics)
-        self._peering = Peering(
-            mesh,
-            self._ledger,
-            sync,
-            bootstraps=bootstraps,
-            forget_load=self._router.forget,
-            rng=rng,
-            metrics=metrics,
-        )
-        self._services = LocalServices(
-            [LocalService(s.name, s.host, s.port) for s in config.expose],
-            metrics=metrics,
-            on_change=self._announcer.changed,
-        )
-        ExitPoint(mesh, self._services, free_vram=self._free_vram, metrics=metrics)
         self._entry = EntryPoint(
-            self._router,
-            Upstreams(mesh, self._router, self._peering, self._services, metrics=metrics),
+            member.router,
+            member.upstreams,
             choose_service=self._choose_service,
             refuse=answer_unavailable,
             metrics=metrics,
@@ -157,7 +129,7 @@ class Node:
                 self._announce_ready(on_ready)
                 await stop.wait()
                 log.info("node_leaving", peer_id=self.identity.peer_id)
-                await self._announcer.say_leaving()
+                await self._member.announcer.say_leaving()
                 parts.cancel_scope.cancel()
             mesh.cancel_scope.cancel()
 
@@ -166,15 +138,12 @@ class Node:
         parts.start_soon(self._watch_gpu_forever, first_reading)
         with trio.move_on_after(_FIRST_READING):
             await first_reading.wait()
-        parts.start_soon(self._announcer.announce_forever)
-        parts.start_soon(self._hearer.expire_forever)
-        parts.start_soon(self._services.check_health_forever)
-        parts.start_soon(self._peering.run_forever)
+        parts.start_soon(self._member.run_forever)
         parts.start_soon(self._measure_lag_forever)
 
     async def _watch_gpu_forever(self, first_reading: trio.Event) -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._gpu.watch_forever, lambda _: self._announcer.changed())
+            await nursery.start(self._gpu.watch_forever, lambda _: self._member.announcer.changed())
             first_reading.set()
 
     async def _measure_lag_forever(self) -> None:
@@ -212,40 +181,8 @@ class Node:
             }
         )
 
-    # What this node says of itself
-
-    def _compose(self, seq: int, state: State) -> NodeData:
-        gpu = self._gpu.latest
-        exposed = self.config.expose
-        return NodeData(
-            id=self.identity.peer_id,
-            name=self.config.name,
-            service_id=exposed[0].name if exposed else "",
-            last_seen=time.time_ns() // 1_000_000,
-            available_vram=gpu.available if gpu else 0,
-            total_vram=gpu.total if gpu else 0,
-            gpu_count=gpu.count if gpu else 0,
-            services=tuple(
-                ServiceData(
-                    service_id=service.name,
-                    in_flight=self._services.in_flight(service.name),
-                    healthy=self._services.is_healthy(service.name),
-                )
-                for service in exposed
-            ),
-            addrs=self._mesh.addrs[:MAX_ADDRS],
-            seq=seq,
-            state=state,
-            online_window=round(self.config.online_window),
-            version=__version__,
-        )
-
-    def _free_vram(self) -> int | None:
-        gpu = self._gpu.latest
-        return gpu.available if gpu else None
-
     def _choose_service(self) -> str:
-        offered = self._ledger.services_online(trio.current_time())
+        offered = self._member.ledger.services_online(trio.current_time())
         return choose_service(self.config.service, offered)
 
     # The control API's view (http/control_api.NodeView)
@@ -258,8 +195,8 @@ class Node:
     def status(self) -> dict[str, object]:
         now = trio.current_time()
         gpu = self._gpu.latest
-        me = self._ledger.get(self.identity.peer_id)
-        offered = self._ledger.services_online(now)
+        me = self._member.ledger.get(self.identity.peer_id)
+        offered = self._member.ledger.services_online(now)
         only = offered[0] if len(offered) == 1 else None
         return views.status_view(
             views.NodeStatus(
@@ -269,7 +206,7 @@ class Node:
                 network=self.network,
                 fingerprint=self.fingerprint,
                 is_open=self.config.open,
-                state=self._announcer.state,
+                state=self._member.announcer.state,
                 uptime=now - self._started_at,
                 addrs=self._mesh.addrs,
                 proxy=self._proxy,
@@ -280,9 +217,9 @@ class Node:
                 available_vram=gpu.available if gpu else None,
                 total_vram=gpu.total if gpu else None,
                 gpu_count=gpu.count if gpu else None,
-                own_in_flight=self._router.own_total,
-                peers_online=len(self._ledger.online(now)),
-                peers_known=len(self._ledger),
+                own_in_flight=self._member.router.own_total,
+                peers_online=len(self._member.ledger.online(now)),
+                peers_known=len(self._member.ledger),
                 links=len(self._mesh.links()),
                 missing=self.readiness()[1],
                 services=me.node.services if me else (),
@@ -291,19 +228,19 @@ class Node:
 
     def peers(self) -> dict[str, object]:
         return views.peers_view(
-            self._ledger.entries(),
-            self._router,
+            self._member.ledger.entries(),
+            self._member.router,
             self._mesh.links(),
             self_id=self.identity.peer_id,
             now=trio.current_time(),
         )
 
     def decisions(self) -> dict[str, object]:
-        return views.decisions_view(self._router.decisions(), now=trio.current_time())
+        return views.decisions_view(self._member.router.decisions(), now=trio.current_time())
 
     def explain(self, service: str | None, target: str | None) -> dict[str, object]:
         now = trio.current_time()
-        decision = self._router.explain(
+        decision = self._member.router.explain(
             now=now,
             wall_time=time.time(),
             service_id=service or self._choose_service(),
@@ -313,19 +250,19 @@ class Node:
 
     def readiness(self) -> tuple[bool, list[str]]:
         missing = []
-        if not self._peering.joined.is_set():
+        if not self._member.peering.joined.is_set():
             missing.append("not joined: no bootstrap answered yet")
         missing += [
             f"service {service.name} at {service.host}:{service.port} does not accept connections"
             for service in self.config.expose
-            if not self._services.is_healthy(service.name)
+            if not self._member.services.is_healthy(service.name)
         ]
         return not missing, missing
 
     def metrics(self) -> CollectorRegistry:
         now = trio.current_time()
         counts: dict[str, int] = dict.fromkeys(_STATES, 0)
-        for entry in self._ledger.entries():
+        for entry in self._member.ledger.entries():
             counts[entry.state_at(now)] += 1
         for state, count in counts.items():
             self._metrics.peers.labels(state=state).set(count)

@@ -1,0 +1,155 @@
+"""One member of a mesh: everything that a node does with whichever mesh it is given.
+
+It announces itself and hears the others, keeps the ledger and its links, serves tunnels to its
+own services, and opens them to others'. ``meshnode/node.py`` puts it on real sockets with clients
+in front; a swarm of tests puts hundreds of it on an in-process mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from meshnode.core.ledger import Ledger
+from meshnode.core.node_data import MAX_ADDRS, NODE_ONLINE_WINDOW, NodeData, ServiceData, State
+from meshnode.core.router import Policy, Router
+from meshnode.metrics import Metrics
+from meshnode.net.federation_exit import ExitPoint
+from meshnode.net.gossip import ANNOUNCE_INTERVAL, Announcer, Hearer, announce_topic
+from meshnode.net.ledger_sync import LedgerSync
+from meshnode.net.local_services import LocalService, LocalServices
+from meshnode.net.mesh import Mesh
+from meshnode.net.peering import Peering
+from meshnode.net.rng import Rng
+from meshnode.net.upstream import Upstreams
+
+
+class GpuReading(Protocol):
+    """A host's GPU memory; ``meshnode.gpu.GpuMemory`` is one."""
+
+    @property
+    def available(self) -> int: ...  # bytes
+
+    @property
+    def total(self) -> int: ...  # bytes
+
+    @property
+    def count(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSettings:
+    """What the operator chose for one member."""
+
+    network: str
+    name: str
+    version: str = ""
+    bootstraps: tuple[str, ...] = ()  # multiaddrs that end in /p2p/<peer ID>
+    services: tuple[LocalService, ...] = ()
+    policy: Policy = "vram"
+    announce_interval: float = ANNOUNCE_INTERVAL  # seconds
+    online_window: float = NODE_ONLINE_WINDOW  # seconds
+
+
+class Member:
+    """A member, built before its mesh runs.
+
+    Args:
+        gpu: this host's newest reading; None while unknown.
+        rng: dice for jitter, for whom to dial, and for the "random" policy.
+        wall_time: Unix seconds, for display and for the first Seq, so that it rises across
+            restarts; a clock set back is made good by what others still relay.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        settings: MemberSettings,
+        *,
+        gpu: Callable[[], GpuReading | None],
+        rng: Rng,
+        metrics: Metrics,
+        wall_time: Callable[[], float],
+    ) -> None:
+        self._mesh = mesh
+        self._settings = settings
+        self._gpu = gpu
+        self._wall_time = wall_time
+        self.ledger = Ledger(mesh.peer_id)
+        self.router = Router(self.ledger, self_id=mesh.peer_id, policy=settings.policy, rng=rng)
+        topic = announce_topic(settings.network)
+        self.hearer = Hearer(
+            self.ledger, self.router, open_sealed=mesh.open_sealed, metrics=metrics
+        )
+        self.announcer = Announcer(
+            mesh,
+            topic=topic,
+            compose=self._compose,
+            record_own=self.hearer.record_own,
+            rng=rng,
+            metrics=metrics,
+            start_seq=int(wall_time() * 1000),
+            interval=settings.announce_interval,
+        )
+        self.hearer.on_own_seq = self.announcer.rise_above
+        mesh.subscribe(topic, self.hearer.hear)
+        self.peering = Peering(
+            mesh,
+            self.ledger,
+            LedgerSync(mesh, self.ledger, take_record=self.hearer.take_record, metrics=metrics),
+            bootstraps=settings.bootstraps,
+            forget_load=self.router.forget,
+            rng=rng,
+            metrics=metrics,
+        )
+        self.services = LocalServices(
+            settings.services, metrics=metrics, on_change=self.announcer.changed
+        )
+        ExitPoint(mesh, self.services, free_vram=self._free_vram, metrics=metrics)
+        self.upstreams = Upstreams(mesh, self.router, self.peering, self.services, metrics=metrics)
+
+    async def run_forever(self) -> None:
+        """Announce, hear and keep links until cancelled. Start it once the mesh runs.
+
+        Raises:
+            TokenRefused: no link ever stood, and every bootstrap refused the token.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.announcer.announce_forever)
+            nursery.start_soon(self.hearer.expire_forever)
+            nursery.start_soon(self.services.check_health_forever)
+            nursery.start_soon(self.peering.run_forever)
+
+    def _compose(self, seq: int, state: State) -> NodeData:
+        gpu = self._gpu()
+        settings = self._settings
+        return NodeData(
+            id=self._mesh.peer_id,
+            name=settings.name,
+            service_id=settings.services[0].service_id if settings.services else "",
+            last_seen=int(self._wall_time() * 1000),
+            available_vram=gpu.available if gpu else 0,
+            total_vram=gpu.total if gpu else 0,
+            gpu_count=gpu.count if gpu else 0,
+            services=tuple(self._service_data(service) for service in settings.services),
+            addrs=self._mesh.addrs[:MAX_ADDRS],
+            seq=seq,
+            state=state,
+            online_window=round(settings.online_window),
+            version=settings.version,
+        )
+
+    def _service_data(self, service: LocalService) -> ServiceData:
+        return ServiceData(
+            service_id=service.service_id,
+            in_flight=self.services.in_flight(service.service_id),
+            max_in_flight=service.max_in_flight,
+            healthy=self.services.is_healthy(service.service_id),
+        )
+
+    def _free_vram(self) -> int | None:
+        gpu = self._gpu()
+        return gpu.available if gpu else None
