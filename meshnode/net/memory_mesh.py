@@ -398,7 +398,7 @@ async def _handle_stream(handler: StreamHandler, stream: MemoryStream) -> None:
     """Run one inbound stream's handler; its failure costs that stream alone."""
     try:
         await handler(stream)
-    except Exception as exc:  # the guard of every handler: the node must live
+    except Exception as exc:  # noqa: BLE001  # the guard of every handler: the node must live
         stream.reset()
         log.warning(
             "stream_handler_failed",

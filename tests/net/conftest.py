@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -262,6 +263,7 @@ def memory_meshes(
     network: MemoryNetwork,
 ) -> Callable[..., AbstractAsyncContextManager[list[Mesh]]]:
     """The same as ``libp2p_meshes``, in process."""
+    names = itertools.count()
 
     @asynccontextmanager
     async def run(
@@ -272,7 +274,7 @@ def memory_meshes(
         linked: bool = True,
     ) -> AsyncIterator[list[Mesh]]:
         meshes: list[Mesh] = [
-            network.node(f"m{number}", keys=keys[number] if keys else (KEY,))
+            network.node(f"m{next(names)}", keys=keys[number] if keys else (KEY,))
             for number in range(count)
         ]
         async with _running(meshes, prepare, linked=linked):
