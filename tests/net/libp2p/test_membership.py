@@ -1,0 +1,207 @@
+"""Who holds the token is let in; who does not is told so at once, and gets nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from meshnode.errors import PeerUnreachable, StreamReset, TokenRefused
+from meshnode.net.libp2p import membership
+from meshnode.net.libp2p.limits import Limits
+from meshnode.net.libp2p.negotiate import propose
+from meshnode.net.libp2p.tcp import TcpStream, open_tcp, parse_tcp_addr
+from meshnode.net.mesh import LinkState, MeshStream
+
+KEY = b"k" * 32
+OTHER = b"o" * 32
+SERVED = "/test/served/1.0.0"
+
+
+async def pending_connection(node, target):
+    """Connect as ``node.dial`` does, and stop where membership would be proven."""
+    socket = await open_tcp(parse_tcp_addr(target.addrs[0]))
+    return await node._swarm.upgrade(TcpStream(socket), target.peer_id)
+
+
+async def test_a_wrong_token_is_named_at_once_on_both_sides(make_node, run_nodes):
+    one, two = make_node(keys=(KEY,)), make_node(keys=(OTHER,))
+    with trio.fail_after(5):
+        async with run_nodes(one, two, linked=False):
+            began = trio.current_time()
+            with pytest.raises(TokenRefused, match="token"):
+                await two.dial(one.addrs[0], timeout=5)
+            assert trio.current_time() - began < 1
+            assert not one.links()
+            assert not two.links()
+            while one._swarm.all_conns:
+                await trio.lowlevel.checkpoint()
+    for node, other in ((one, two), (two, one)):
+        (event,) = node.events
+        assert (event.state, event.peer_id) == (LinkState.REFUSED, other.peer_id)
+        assert "token" in event.reason
+        assert node.memberships("wrong_token") == 1
+
+
+async def test_any_of_several_keys_will_do_while_a_token_is_rotated(make_node, run_nodes):
+    old, both, new = (make_node(keys=k) for k in ((KEY,), (OTHER, KEY), (OTHER,)))
+    with trio.fail_after(5):
+        async with run_nodes(old, both, new, linked=False):
+            await both.dial(old.addrs[0], timeout=3)
+            await new.dial(both.addrs[0], timeout=3)
+            with pytest.raises(TokenRefused):
+                await new.dial(old.addrs[0], timeout=3)
+            assert len(both.links()) == 2
+
+
+async def test_a_listener_that_only_pretends_to_know_the_key_is_refused(make_node, run_nodes):
+    # It names the right key, which it has seen on the wire, and sends a proof of nothing.
+    one, two = make_node(keys=(OTHER,)), make_node(keys=(KEY,))
+
+    async def pretend(conn, stream) -> None:
+        channel = membership._Channel(stream)
+        hello = await channel.receive()
+        forged = {"nonce": b"n" * 32, "key_id": hello.key_ids[0], "proof": b"p" * 32}
+        await channel.send(membership.protocol.Challenge(**forged))
+        assert isinstance(await channel.receive(), membership.protocol.Refusal)
+        refused.set()
+
+    refused = trio.Event()
+    one._serving._answer_membership = pretend
+    with trio.fail_after(5):
+        async with run_nodes(one, two, linked=False):
+            with pytest.raises(TokenRefused):
+                await two.dial(one.addrs[0], timeout=3)
+            await refused.wait()
+            assert not two.links()
+
+
+async def test_nothing_is_served_before_membership_is_proven(make_node, run_nodes):
+    one, two = make_node(limits=Limits(membership_timeout=0.2)), make_node()
+    served = []
+
+    async def note(stream: MeshStream) -> None:
+        served.append(stream)
+
+    one.serve(SERVED, note)
+    with trio.fail_after(5):
+        async with run_nodes(one, two, linked=False):
+            conn = await pending_connection(two, one)
+            async with trio.open_nursery() as nursery:
+                for protocol_id in (SERVED, "/ipfs/ping/1.0.0", "/ipfs/id/1.0.0", "/meshsub/1.1.0"):
+                    stream = await conn.muxed_conn.open_stream()
+                    nursery.start_soon(_expect_reset, stream, protocol_id)
+            await conn.event_closed.wait()
+    assert not served
+    assert one.memberships("timeout") == 1
+    assert [event.state for event in one.events] == [LinkState.REFUSED]
+    assert "in time" in one.events[0].reason
+
+
+async def test_the_dialled_side_gets_nothing_before_it_proved_itself_either(make_node, run_nodes):
+    one, two = make_node(), make_node()
+    two.serve(SERVED, lambda stream: stream.send_all(b"secret"))
+    with trio.fail_after(5):
+        async with run_nodes(one, two, linked=False):
+            conn = await pending_connection(two, one)
+            while not one._swarm.all_conns:
+                await trio.lowlevel.checkpoint()
+            (theirs,) = one._swarm.all_conns
+            stream = await theirs.muxed_conn.open_stream()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_expect_reset, stream)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                await conn.close()
+
+
+async def _expect_reset(stream, protocol_id: str = SERVED) -> None:
+    with pytest.raises(StreamReset):
+        await propose(stream, (protocol_id,))
+
+
+async def test_a_stream_that_overtakes_the_welcome_waits_and_is_served(make_node, run_nodes):
+    one, two = make_node(), make_node()
+
+    async def greet(stream: MeshStream) -> None:
+        await stream.send_all(b"welcome")
+
+    two.serve(SERVED, greet)
+    with trio.fail_after(5):
+        async with run_nodes(one, two, linked=False):
+            conn = await pending_connection(two, one)
+            while not one._swarm.all_conns:
+                await trio.lowlevel.checkpoint()
+            (theirs,) = one._swarm.all_conns
+            stream = await theirs.muxed_conn.open_stream()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(propose, stream, (SERVED,))
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                await two._gate._prove(conn)
+            assert await stream.receive_some() == b"welcome"
+
+
+async def test_streams_that_wait_for_membership_are_few(make_node, run_nodes):
+    one, two = make_node(limits=Limits(max_waiting_streams=2)), make_node()
+    with trio.fail_after(5):
+        async with run_nodes(one, two, linked=False):
+            conn = await pending_connection(two, one)
+            refused = []
+
+            async def knock() -> None:
+                stream = await conn.muxed_conn.open_stream()
+                try:
+                    await propose(stream, (SERVED,))
+                except StreamReset:
+                    refused.append(stream)
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(5):
+                    nursery.start_soon(knock)
+                while len(refused) < 3:
+                    await trio.lowlevel.checkpoint()
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert len(refused) == 3
+                await conn.close()
+
+
+async def test_membership_is_answered_once_and_only_to_who_dialled(make_node, run_nodes):
+    one, two = make_node(), make_node()
+    with trio.fail_after(5):
+        async with run_nodes(one, two):
+            for node, other in ((one, two), (two, one)):
+                with pytest.raises(Exception, match="does not serve"):
+                    await node.open_stream(other.peer_id, membership.PROTOCOL_ID, timeout=1)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x00\x00\x00\x05junk!", b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\x80", b""]
+)
+async def test_garbage_for_a_proof_ends_the_connection_and_is_counted(
+    make_node, run_nodes, garbage
+):
+    one, two = make_node(), make_node()
+    with trio.fail_after(5):
+        async with run_nodes(one, two, linked=False):
+            conn = await pending_connection(two, one)
+            stream = await conn.muxed_conn.open_stream()
+            await propose(stream, (membership.PROTOCOL_ID,))
+            await stream.send_all(garbage)
+            await stream.send_eof()
+            await conn.event_closed.wait()
+            assert not one.links()
+            await two.dial(one.addrs[0], timeout=3)
+    assert one.memberships("member") == 1
+
+
+async def test_a_listener_that_never_answers_is_given_up(make_node, run_nodes):
+    one, two = make_node(), make_node(limits=Limits(membership_timeout=0.1))
+
+    async def stall(*args: object) -> None:
+        await trio.sleep_forever()
+
+    one._serving._answer_membership = stall
+    with trio.fail_after(5):
+        async with run_nodes(one, two, linked=False):
+            with pytest.raises(PeerUnreachable, match="membership"):
+                await two.dial(one.addrs[0], timeout=3)
+            assert not two._swarm.all_conns
+            assert not two._gate._proving
