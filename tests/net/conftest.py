@@ -148,7 +148,9 @@ class Node:
     def entry(self, settings: EntrySettings | None = None) -> EntryPoint:
         async def refuse(stream: trio.SocketStream, reason: str) -> None:
             self.refused.append(reason)
-            await stream.aclose()
+            async with stream:
+                async for _ in stream:
+                    pass
 
         return EntryPoint(
             self.router,
