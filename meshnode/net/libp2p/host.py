@@ -18,7 +18,6 @@ from meshnode.net.libp2p.gate import Gate
 from meshnode.net.libp2p.identity import Identity
 from meshnode.net.libp2p.limits import DEFAULT_LIMITS, Limits
 from meshnode.net.libp2p.links import Links
-from meshnode.net.libp2p.muxer import use_our_muxer
 from meshnode.net.libp2p.pubsub import MeshPubsub
 from meshnode.net.libp2p.remedies import quiet_libp2p_loggers
 from meshnode.net.libp2p.serving import Serving
@@ -70,7 +69,6 @@ class Libp2pMesh:
             identity, metrics=metrics, serve=self._serving.serve, on_gone=self._forget
         )
         self._host = MeshHost(self._swarm, lambda: self._addrs)
-        use_our_muxer(self._host, metrics=metrics)
         self._pubsub = MeshPubsub(self._host, metrics=metrics)
         self._gate = Gate(
             self._swarm,

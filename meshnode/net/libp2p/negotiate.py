@@ -1,4 +1,4 @@
-"""multistream-select 1.0.0 on one stream: small, strict and bounded.
+"""multistream-select 1.0.0 on a stream or connection: small, strict and bounded.
 
 The library's own reads messages of any length and lets bad UTF-8 escape as an exception that ends
 the host. It also waits for the header's echo before it names a protocol; here both lines leave in
@@ -8,9 +8,9 @@ one write, so that opening costs one round trip.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from meshnode.errors import PeerRefused, StreamReset, WireError
-from meshnode.net.libp2p.stream import MuxedBytes
 
 _HEADER = "/multistream/1.0.0"
 _REFUSED = "na"
@@ -20,7 +20,14 @@ _MAX_LINE_BYTES = 1024
 _MAX_PROPOSALS = 16
 
 
-async def propose(stream: MuxedBytes, protocol_ids: Sequence[str]) -> str:
+class Duplex(Protocol):
+    """What protocols are chosen on: a muxed stream, or a connection that is not muxed yet."""
+
+    async def receive_some(self, max_bytes: int, /) -> bytes: ...
+    async def send_all(self, data: bytes, /) -> None: ...
+
+
+async def propose(stream: Duplex, protocol_ids: Sequence[str]) -> str:
     """Ask for the first of ``protocol_ids`` that the other side serves, and return it.
 
     Raises:
@@ -46,7 +53,7 @@ async def propose(stream: MuxedBytes, protocol_ids: Sequence[str]) -> str:
 class Responder:
     """The answering side. ``next_proposal`` until one suits, then ``accept``."""
 
-    def __init__(self, stream: MuxedBytes) -> None:
+    def __init__(self, stream: Duplex) -> None:
         self._stream = stream
         self._greeting = _encode(_HEADER)
         self._proposals = 0
@@ -73,6 +80,16 @@ class Responder:
         """Agree to the protocol proposed last; what follows on the stream is its own."""
         await self._stream.send_all(_encode(protocol_id))
 
+    async def settle_for(self, protocol_id: str) -> None:
+        """Agree to ``protocol_id`` as soon as it is proposed, and to nothing else.
+
+        Raises:
+            WireError, StreamReset: as ``next_proposal``.
+        """
+        while await self.next_proposal() != protocol_id:
+            await self.decline()
+        await self.accept(protocol_id)
+
     async def decline(self) -> None:
         """Say that the protocol proposed last is not served. ("ls" lands here too: we don't.)"""
         await self._stream.send_all(_encode(_REFUSED))
@@ -86,7 +103,7 @@ def _encode(line: str) -> bytes:
     return bytes((length & 0x7F | 0x80, length >> 7)) + body
 
 
-async def _read_line(stream: MuxedBytes) -> str:
+async def _read_line(stream: Duplex) -> str:
     """Read exactly one line: bytes behind it belong to the protocol chosen."""
     length = (await _read_exactly(stream, 1))[0]
     if length & 0x80:
@@ -103,7 +120,7 @@ async def _read_line(stream: MuxedBytes) -> str:
         raise _bad("a line that is not UTF-8") from exc
 
 
-async def _read_exactly(stream: MuxedBytes, count: int) -> bytes:
+async def _read_exactly(stream: Duplex, count: int) -> bytes:
     data = await stream.receive_some(count)
     while len(data) < count:
         more = await stream.receive_some(count - len(data)) if data else b""

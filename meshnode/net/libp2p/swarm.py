@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
-from libp2p.abc import INetConn, INetStream, IRawConnection
+from libp2p.abc import INetConn, INetStream, IRawConnection, ISecureConn
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
@@ -29,6 +29,7 @@ from libp2p.rcmgr import Direction
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.exceptions import MuxedConnError
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
@@ -36,7 +37,7 @@ from meshnode.errors import MeshnodeError, PeerUnreachable
 from meshnode.metrics import Metrics
 from meshnode.net.libp2p.identity import Identity
 from meshnode.net.libp2p.muxer import YamuxConn, YamuxStream, muxer_options
-from meshnode.net.libp2p.negotiate import propose
+from meshnode.net.libp2p.negotiate import Responder, propose
 from meshnode.net.libp2p.remedies import ForeignError, foreign_faults
 from meshnode.net.libp2p.tcp import TcpStream
 
@@ -149,6 +150,7 @@ class MeshSwarm(Swarm):
         # Noise alone: the default set also offers plaintext, which proves nobody's peer ID.
         noise = NoiseTransport(identity.key_pair, noise_privkey=create_noise_key_pair().private_key)
         super().__init__(own_id, peerstore, TransportUpgrader({NOISE: noise}, muxer_options()))
+        self._noise = noise
         self.notifees.clear()  # its own tag store, which only its pruner reads
         self.metrics = metrics
         self.all_conns: set[MeshConn] = set()  # pending ones too; ``connections`` has members
@@ -176,14 +178,7 @@ class MeshSwarm(Swarm):
         raw: IRawConnection = RawConnection(tcp, dialled)
         try:
             with foreign_faults(self.metrics, "handshake"):
-                expected = ID.from_base58(peer_id) if peer_id is not None else None
-                # The connection it returns is not started; nothing to undo but the socket.
-                secured = await self.upgrader.upgrade_security(raw, dialled, expected)
-                remote_id = secured.get_remote_peer()
-                if remote_id == self.self_id:
-                    raise ForeignError("the address leads back to this node")
-                muxed = await self.upgrader.upgrade_connection(secured, remote_id)
-                assert isinstance(muxed, YamuxConn)
+                muxed = await self._secure_and_mux(raw, peer_id)
                 conn = MeshConn(muxed, self, addr=tcp.remote_multiaddr, dialled=dialled)
                 await self._start(conn)
         except BaseException:
@@ -191,6 +186,26 @@ class MeshSwarm(Swarm):
                 await tcp.close()
             raise
         return conn
+
+    async def _secure_and_mux(self, raw: IRawConnection, peer_id: str | None) -> YamuxConn:
+        # Not by the library's upgrader: it believes any length that a stranger names in its first
+        # message, and takes one round trip more for each of the two choices.
+        if peer_id is not None:
+            await propose(_Unmuxed(raw), (NOISE,))
+            secured = await self._noise.secure_outbound(raw, ID.from_base58(peer_id))
+        else:
+            await Responder(_Unmuxed(raw)).settle_for(NOISE)
+            secured = await self._noise.secure_inbound(raw)
+        remote_id = secured.get_remote_peer()
+        if remote_id == self.self_id:
+            raise ForeignError("the address leads back to this node")
+        if peer_id is not None and str(remote_id) != peer_id:
+            raise ForeignError(f"{remote_id} answers there")
+        if peer_id is not None:
+            await propose(_Unmuxed(secured), (YAMUX,))
+        else:
+            await Responder(_Unmuxed(secured)).settle_for(YAMUX)
+        return YamuxConn(secured, remote_id, metrics=self.metrics)
 
     async def _start(self, conn: MeshConn) -> None:
         if self._nursery is None:
@@ -241,6 +256,14 @@ class MeshSwarm(Swarm):
         async with trio.open_nursery() as nursery:
             for conn in tuple(self.all_conns):
                 nursery.start_soon(conn.close, reason)
+
+
+class _Unmuxed:
+    """A connection of the library's, under the names that protocols are chosen with."""
+
+    def __init__(self, conn: IRawConnection | ISecureConn) -> None:
+        self.receive_some = conn.read
+        self.send_all = conn.write
 
 
 class MeshHost(BasicHost):
