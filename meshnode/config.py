@@ -316,24 +316,25 @@ def _proxy(text: str) -> HostPort | None:
 def _token_texts(read: _Reader, read_text: Callable[[str], str] | None) -> tuple[str, ...]:
     direct = read.said.get("token")
     if direct is not None:
-        return _split_tokens(str(direct.value))
+        return split_tokens(str(direct.value))
     entry = read.said.get("token_file")
     if entry is None:
         return ()
-    lines = _read_secret(read, "token_file", read_text).splitlines()
-    texts = _split_tokens("\n".join(line for line in lines if not line.startswith("#")))
+    texts = split_tokens(_read_secret(read, "token_file", read_text))
     if not texts:
         read.fail("token_file", "holds no token; make one with: meshnode token new")
     return texts
 
 
-def _split_tokens(text: str) -> tuple[str, ...]:
+def split_tokens(text: str) -> tuple[str, ...]:
     """Return the tokens in ``text``: several, so that a key can be rotated.
 
-    A token that a mail program wrapped stays one: only its beginning reads mesh1.
+    Lines that begin with # are notes. A token that a mail program wrapped stays one: only its
+    beginning reads mesh1.
     """
     texts: list[str] = []
-    for word in text.split():
+    lines = (line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    for word in " ".join(lines).split():
         if re.match(r"mesh\d", word) or not texts:
             texts.append(word)
         else:

@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
         _refuse_tokens(argv)
         return _guard_command(fill_in_proxy(argv))
     except MeshnodeError as exc:
-        _complain(str(exc))
+        _complain(str(exc), argv, exit_code=exc.exit_code)
         return exc.exit_code
     except BrokenPipeError:
         # Whoever read our output has enough. Python would complain again while it ends.
@@ -63,16 +63,32 @@ def _guard_command(argv: Sequence[str]) -> int:
     except Exception as exc:
         if _wants_traceback(argv):
             raise
+        error = _leaf(exc)
         _complain(
-            f"{type(exc).__name__}: {exc} (this is a bug in meshnode; "
-            "run again with --log-level debug for the traceback)"
+            f"{type(error).__name__}: {error} (this is a bug in meshnode; "
+            "run again with --log-level debug for the traceback)",
+            argv,
+            exit_code=1,
         )
         return 1
 
 
 def _wants_traceback(argv: Sequence[str]) -> bool:
+    return _asks_for(argv, "log-level", "debug")
+
+
+def _asks_for(argv: Sequence[str], flag: str, value: str) -> bool:
+    """Say whether a setting of the log was given, before or though it could not be resolved."""
     said = " ".join(argv).replace("=", " ")
-    return "--log-level debug" in said or os.environ.get("MESHNODE_LOG_LEVEL", "") == "debug"
+    if f"--{flag} " in said:
+        return f"--{flag} {value}" in said
+    return os.environ.get("MESHNODE_" + flag.replace("-", "_").upper()) == value
+
+
+def _leaf(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _refuse_tokens(argv: Sequence[str]) -> None:
@@ -84,5 +100,12 @@ def _refuse_tokens(argv: Sequence[str]) -> None:
             )
 
 
-def _complain(message: str) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+def _complain(message: str, argv: Sequence[str], *, exit_code: int) -> None:
+    line = " ".join(message.split())
+    if _asks_for(argv, "log-format", "json"):
+        import json
+
+        told = {"event": "stopped", "level": "error", "error": line, "exit_code": exit_code}
+        print(json.dumps(told), file=sys.stderr, flush=True)
+    else:
+        print(f"error: {line}", file=sys.stderr, flush=True)

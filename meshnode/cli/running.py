@@ -50,15 +50,18 @@ def run_node_here(config: Config) -> int:
 
 
 async def run_until_signalled(run: Callable[[], Awaitable[None]]) -> int:
-    """Run ``run`` until it ends, or SIGINT or SIGTERM cancels it; return the exit code.
+    """Run ``run`` until it ends, or SIGINT, SIGTERM or SIGHUP cancels it; return the exit code.
 
     A second signal ends the process at once.
     """
     exit_code = 0
+    heeded = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asks to be left running
+        heeded.append(signal.SIGHUP)
 
     async def watch_signals(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         nonlocal exit_code
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(*heeded) as signals:
             task_status.started()
             async for number in signals:
                 if scope.cancel_called:

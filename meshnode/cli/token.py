@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from meshnode.cli.output import plain, print_json, say
+from meshnode.config import split_tokens
 from meshnode.errors import ConfigError, TokenInvalid
 from meshnode.values import parse_bootstrap, parse_network
 
@@ -49,21 +50,26 @@ def show(
     """
     from meshnode.core.token import decode
 
-    shown = decode(_token_text(file))
+    # Several, while a network's key is being changed: the first is the newest.
+    tokens = [decode(text) for text in split_tokens(_token_text(file))]
+    if not tokens:
+        raise TokenInvalid("there is no token; make one with: meshnode token new")
+    shown: list[dict[str, object]] = [
+        {
+            "network": token.network,
+            "fingerprint": token.fingerprint(),
+            "bootstraps": list(token.bootstraps),
+        }
+        for token in tokens
+    ]
     if as_json:
-        print_json(
-            {
-                "schema_version": 1,
-                "network": shown.network,
-                "fingerprint": shown.fingerprint(),
-                "bootstraps": list(shown.bootstraps),
-            }
-        )
+        print_json({"schema_version": 1, **shown[0], "older": shown[1:]})
         return
-    print(f"network      {plain(shown.network)}")
-    print(f"fingerprint  {shown.fingerprint()}")
-    for addr in shown.bootstraps or ("none; say --bootstrap, or rely on mDNS",):
-        print(f"bootstrap    {plain(addr)}")
+    for token in tokens:
+        print(f"network      {plain(token.network)}")
+        print(f"fingerprint  {token.fingerprint()}")
+        for addr in token.bootstraps or ("none; say --bootstrap, or rely on mDNS",):
+            print(f"bootstrap    {plain(addr)}")
 
 
 def _checked(flag: str, text: str) -> str:
