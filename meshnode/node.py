@@ -32,6 +32,7 @@ from meshnode.net.federation_entry import EntryPoint, EntrySettings, choose_serv
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import Identity, load_or_create_identity
 from meshnode.net.local_services import LocalService
+from meshnode.net.mdns import Mdns
 from meshnode.net.member import Member, MemberSettings
 
 # A first announcement should carry the free memory; a driver slower than this is not waited for.
@@ -66,6 +67,7 @@ class Node:
             keys=keys,
             metrics=metrics,
         )
+        rng = random.Random()
         self._member = member = Member(
             self._mesh,
             MemberSettings(
@@ -79,10 +81,20 @@ class Node:
                 online_window=config.online_window,
             ),
             gpu=lambda: self._gpu.latest,
-            rng=random.Random(),
+            rng=rng,
             metrics=metrics,
             wall_time=time.time,
         )
+        self._discoveries = [
+            Mdns(
+                peer_id=self.identity.peer_id,
+                fingerprint=tokens.network_fingerprint(key),
+                addrs=lambda: self._mesh.addrs,
+                on_found=lambda _, addrs: member.peering.found(addrs),
+                rng=rng,
+            )
+            for key in (keys if config.mdns else ())  # while keys are changed, there are two
+        ]
         self._entry = EntryPoint(
             member.router,
             member.upstreams,
@@ -139,6 +151,8 @@ class Node:
         with trio.move_on_after(_FIRST_READING):
             await first_reading.wait()
         parts.start_soon(self._member.run_forever)
+        for discovery in self._discoveries:
+            await parts.start(discovery.run_forever)
         parts.start_soon(self._measure_lag_forever)
 
     async def _watch_gpu_forever(self, first_reading: trio.Event) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import trio
-
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
 
 def addrs_of(node) -> tuple[str, ...]:
-    return (f"{node.mesh.transport_addr}/p2p/{node.peer_id}",)
+    return (node.addr,)
 
 
 async def test_two_nodes_without_bootstraps_meet_when_one_finds_the_other(
-    make_node, start, wait_until
+    make_node, start, wait_until, autojump_clock
 ):
     a, b = make_node("a"), make_node("b")
     await start(a, b)
@@ -22,7 +19,7 @@ async def test_two_nodes_without_bootstraps_meet_when_one_finds_the_other(
 
 
 async def test_two_that_find_each_other_at_once_and_often_keep_one_link(
-    make_node, start, wait_until
+    make_node, start, wait_until, autojump_clock
 ):
     a, b = make_node("a"), make_node("b")
     await start(a, b)
@@ -34,7 +31,9 @@ async def test_two_that_find_each_other_at_once_and_often_keep_one_link(
     assert len(a.mesh.links()) == len(b.mesh.links()) == 1
 
 
-async def test_a_found_peer_with_another_token_is_refused_and_nobody_ends(make_node, start):
+async def test_a_found_peer_with_another_token_is_refused_and_nobody_ends(
+    make_node, start, autojump_clock
+):
     a, stranger = make_node("a"), make_node("x", keys=(b"other",))
     await start(a, stranger)
     for _ in range(20):
@@ -44,7 +43,7 @@ async def test_a_found_peer_with_another_token_is_refused_and_nobody_ends(make_n
     assert a.linked() == set()
 
 
-async def test_finding_oneself_or_nobody_home_does_nothing(make_node, start):
+async def test_finding_oneself_or_nobody_home_does_nothing(make_node, start, autojump_clock):
     a = make_node("a")
     await start(a)
     a.peering.found(addrs_of(a))
