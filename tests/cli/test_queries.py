@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+import pytest
+import trio
+from prometheus_client import CollectorRegistry
+
+from meshnode.cli import run
+from meshnode.errors import NoCandidate
+from meshnode.http.control_api import build_app
+from meshnode.http.server import bind, serve_forever
+
+ME, OTHER = "12D3KooWme000000000000000000000000000000000000000aaaa", "12D3KooWother0000000bbbb"
+
+
+class SomeNode:
+    def status(self):
+        return {
+            "name": "gpu1",
+            "peer_id": ME,
+            "state": "up",
+            "ready": False,
+            "missing": ["not joined"],
+            "available_vram": None,
+            "peers_online": 1,
+        }
+
+    def peers(self):
+        row = {
+            "peer_id": OTHER,
+            "name": "evil\x1b[31m [bold]name",
+            "state": "up",
+            "online": True,
+            "last_seen_s": 400.0,
+            "available_vram": 24 * 2**30,
+            "total_vram": None,
+            "in_flight": 3,
+            "services": [{"service_id": "llm", "models": ["a", "b", "c", "d"], "healthy": False}],
+            "rtt_ms": 1.234,
+        }
+        return {"self": ME, "peers": [{"peer_id": ME, "name": "gpu1"}, row]}
+
+    def decisions(self):
+        return {"decisions": []}
+
+    def explain(self, service, target):
+        if service == "none":
+            raise NoCandidate("nobody offers none")
+        rows = [
+            {"peer_id": OTHER, "name": "gpu2", "in_flight": 0, "available_vram": 2**30},
+            {"peer_id": ME, "name": "gpu1", "in_flight": 9, "excluded": "unhealthy"},
+        ]
+        picked = None if service == "random" else OTHER
+        tier = "random" if service == "random" else "in_flight"
+        return {"service_id": service, "picked": picked, "tier": tier, "candidates": rows}
+
+    def readiness(self):
+        return True, []
+
+    def metrics(self):
+        return CollectorRegistry()
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch):
+    for key in list(os.environ):
+        if key.startswith("MESHNODE_"):
+            monkeypatch.delenv(key)
+
+
+@pytest.fixture
+async def api(nursery):
+    sock = bind("127.0.0.1", 0, setting="api")
+    await nursery.start(serve_forever, build_app(SomeNode()), sock)
+    return f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+async def meshnode(*argv: str) -> int:
+    with trio.fail_after(20):
+        return await trio.to_thread.run_sync(run, argv)
+
+
+@pytest.mark.parametrize("verb", ["status", "peers", "explain"])
+async def test_every_query_prints_json_with_its_schema_version(api, verb, capsys):
+    assert await meshnode(verb, "--api", api, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["schema_version"] == 1
+    assert err == ""
+
+
+async def test_status_says_what_is_missing(api, capsys):
+    assert await meshnode("status", "--api", api) == 0
+    out = capsys.readouterr().out
+    assert "not ready: not joined" in out
+    assert "- free of -" in out
+
+
+async def test_the_table_of_peers_is_one_line_each_and_shows_no_peers_escape_codes(api, capsys):
+    assert await meshnode("peers", "--api", api) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 3
+    assert "\x1b" not in out
+    for word in ("gpu1 (here)", "[bold]name", "24.0 GiB", "7 m", "llm (down)", "a, b, c +1"):
+        assert word in out
+    assert "1.2 ms" in out
+
+
+async def test_explain_names_the_pick_and_the_tier(api, capsys):
+    assert await meshnode("explain", "--service", "llm", "--api", api) == 0
+    out = capsys.readouterr().out
+    assert "gpu2; decided by: fewest requests in flight" in out
+    assert "unhealthy" in out
+
+
+async def test_explain_under_the_random_policy_picks_nobody_beforehand(api, capsys):
+    assert await meshnode("explain", "--service", "random", "--api", api) == 0
+    assert "the dice" in capsys.readouterr().out
+
+
+async def test_a_service_that_nobody_offers_ends_with_4(api, capsys):
+    assert await meshnode("explain", "--service", "none", "--api", api) == 4
+    assert capsys.readouterr().err == "error: nobody offers none\n"
+
+
+async def test_the_environment_says_where_to_ask(api, monkeypatch, capsys):
+    monkeypatch.setenv("MESHNODE_API", api)
+    assert await meshnode("status", "--json") == 0
+
+
+@pytest.mark.parametrize("verb", ["status", "peers", "explain"])
+def test_without_a_node_it_ends_with_3_and_says_what_to_do(verb, capsys):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        assert run([verb, "--api", f"127.0.0.1:{port}"]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"no node answers at 127.0.0.1:{port}" in err
+    assert "meshnode up" in err
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-x\r\n", b"HTTP/1.1 200 OK\r\n\r\nhello", b""])
+async def test_something_else_that_listens_there_is_no_node(nursery, answer, capsys):
+    async def serve(stream):
+        await stream.send_all(answer)
+        await stream.send_eof()
+        async for _ in stream:
+            pass
+
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    nursery.start_soon(trio.serve_listeners, serve, listeners)
+    port = listeners[0].socket.getsockname()[1]
+    assert await meshnode("peers", "--api", f"127.0.0.1:{port}") == 3
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"127.0.0.1:{port}" in err
+
+
+@pytest.mark.parametrize("api", ["nonsense", "127.0.0.1:0", "http://127.0.0.1:4280"])
+def test_an_address_that_is_none_ends_with_2(api, capsys):
+    assert run(["peers", "--api", api]) == 2
+    assert f"api={api} from flag --api" in capsys.readouterr().err
+
+
+async def test_the_api_key_is_sent_where_it_is_wanted(nursery, tmp_path, capsys):
+    sock = bind("127.0.0.1", 0, setting="api")
+    await nursery.start(serve_forever, build_app(SomeNode(), api_key="k" * 20), sock)
+    api = f"127.0.0.1:{sock.getsockname()[1]}"
+    assert await meshnode("peers", "--api", api) == 2
+    assert "--api-key-file" in capsys.readouterr().err
+    (tmp_path / "key").write_text("k" * 20 + "\n")
+    assert await meshnode("peers", "--api", api, "--api-key-file", str(tmp_path / "key")) == 0
+
+
+def test_gpus_shows_what_would_be_announced(capsys):
+    assert run(["gpus", "--vram", "24GiB", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["gpus"]
+    assert (row["available"], row["announced"]) == (24 * 2**30, True)
+    assert run(["gpus", "--vram", "24GiB"]) == 0
+    assert "24.0 GiB" in capsys.readouterr().out
+    assert run(["gpus", "--vram", "much"]) == 2
