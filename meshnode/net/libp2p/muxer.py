@@ -423,8 +423,14 @@ class YamuxConn(IMuxedConn):
                         messages.append(message)
                 if messages:
                     await self._channel.send(messages)
+                    if core.has_output:
+                        # Others take their turn, and what they write joins the next messages.
+                        await trio.lowlevel.checkpoint()
                     continue
                 self._output = trio.Event()
+                if not self._is_closing:
+                    await self._output.wait()
+                    continue
                 with trio.move_on_at(self._hurry_at) as waiting:
                     await self._output.wait()
                 if waiting.cancelled_caught:
