@@ -5,13 +5,13 @@
     │   ├── TokenInvalid        the token is damaged or missing
     │   ├── IdentityDamaged     identity.key can't be read; it is left untouched
     │   └── ListenFailed        an address can't be bound (taken, not ours, not permitted)
-    ├── WireError               bytes from a peer break a protocol; ``code`` is the SPEC's word for it
+    ├── WireError               a peer broke a protocol; ``code`` is the SPEC's word for it
     ├── MeshError               something between this node and a peer
     │   ├── PeerUnreachable     no connection could be made, or it ended before an answer
-    │   ├── PeerRefused         the peer answered, and said no (protocol not served, not a member)
+    │   ├── PeerRefused         the peer said no (protocol not served, not a member)
     │   ├── TokenRefused        the peer, or we, don't accept the other's token (exit 5)
-    │   ├── StreamReset         a stream was reset or its connection died: what was read is cut short
-    │   └── StreamClosed        our own bug or our own shutdown: the stream was already closed here
+    │   ├── StreamReset         a stream or its connection was cut: what was read is not whole
+    │   └── StreamClosed        our own bug or shutdown: the stream was already closed here
     ├── NoCandidate             nobody can serve the request (exit 4)
     ├── GpuReadError            free VRAM can't be read; ``code`` says why
     └── NodeNotRunning          no control API answers (exit 3)

@@ -59,11 +59,11 @@ class Ours:
     def __init__(self, handlers: dict[str, Handler], on_message: Callable[[], None] | None) -> None:
         from meshnode.metrics import Metrics
         from meshnode.net.libp2p.host import Libp2pMesh
-        from meshnode.net.libp2p.identity import new_identity
+        from meshnode.net.libp2p.identity import ephemeral_identity
         from meshnode.net.mesh import Verdict
 
         self.mesh = Libp2pMesh(
-            identity=new_identity(),
+            identity=ephemeral_identity(),
             listen=("/ip4/127.0.0.1/tcp/0",),
             keys=(bytes(32),),
             metrics=Metrics(),

@@ -114,7 +114,7 @@ class Mesh(Protocol):
 
     @property
     def addrs(self) -> tuple[str, ...]:
-        """Dialable multiaddrs of this node, each ending in ``/p2p/<peer_id>``; empty before it runs."""
+        """Dialable multiaddrs, each ending in ``/p2p/<peer_id>``; empty before it runs."""
 
     async def run_forever(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

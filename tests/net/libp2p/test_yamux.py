@@ -364,6 +364,7 @@ def test_the_window_grows_to_one_mebibyte_for_a_reader_that_keeps_up() -> None:
     here, there, ours, theirs = open_pair()
     drain(here, there, ours, theirs, 3 * 1024 * KIB)
     assert theirs.window == 1024 * KIB
+    assert theirs.recv_credit + theirs._consumed == theirs.window
 
 
 def test_the_window_of_a_reader_that_lags_does_not_grow() -> None:
@@ -732,6 +733,11 @@ class TwoSides(RuleBasedStateMachine):
             assert connection.queued == sum(s.queued for s in connection.streams.values())
             for stream in connection.streams.values():
                 assert stream.unread <= stream.window <= connection.limits.max_window
+                if not (stream.ended or stream.let_go):
+                    # Every byte of the window is the peer's to send, on its way, or here.
+                    coming = connection._body_left if connection._body_stream is stream else 0
+                    here = stream.unread + stream._consumed
+                    assert stream.recv_credit + coming + here == stream.window
 
     def carry_everything(self) -> None:
         busy = True

@@ -1,0 +1,19 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _stock_leaks_stay_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Collect what the unmended library leaves open, so that no later test is blamed for it."""
+    yield
+    if request.node.get_closest_marker("stock") is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
