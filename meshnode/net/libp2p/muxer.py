@@ -18,10 +18,7 @@ from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
-from libp2p.stream_muxer.exceptions import (
-    MuxedConnUnavailable,
-    MuxedStreamError,
-)
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID
 from multiaddr import Multiaddr
@@ -362,3 +359,14 @@ def use_our_muxer(host: IHost, *, metrics: Metrics | None = None) -> None:
     upgrader = host.get_network().upgrader  # type: ignore[attr-defined]
     stock = upgrader.muxer_multistream
     upgrader.muxer_multistream = OurMuxerMultistream(stock.negotiate_timeout, metrics)
+
+
+__all__ = [
+    "ConnectionEnded",
+    "OurMuxerMultistream",
+    "StreamLimitReached",
+    "YamuxConn",
+    "YamuxStream",
+    "muxer_options",
+    "use_our_muxer",
+]
