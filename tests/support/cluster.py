@@ -108,6 +108,7 @@ class Node(Process):
     """One ``meshnode up`` and its control API."""
 
     state_dir: Path
+    netns: str | None = None  # the network namespace it runs in, if not this process's
 
     def wait_ready(self) -> Node:
         self.ready = self.first_line()
@@ -133,8 +134,12 @@ class Node(Process):
         return f"http://{self.ready['proxy']}/v1"
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://{self.ready['api']}{path}", timeout=10) as answer:
-            body = answer.read()
+        url = f"http://{self.ready['api']}{path}"
+        if self.netns is not None:
+            body = _get_within(self.netns, url)
+        else:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                body = answer.read()
         return json.loads(body) if path.startswith("/api/") else body.decode()
 
     def peers(self) -> list[dict[str, Any]]:
@@ -151,6 +156,19 @@ class Node(Process):
 
     def log(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in list(self.err)]
+
+
+def _within(netns: str | None) -> list[str]:
+    return ["ip", "netns", "exec", netns] if netns is not None else []
+
+
+def _get_within(netns: str, url: str) -> bytes:
+    """Fetch from a loopback that only processes in that namespace have."""
+    script = (
+        "import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())"
+    )
+    argv = [*_within(netns), sys.executable, "-I", "-c", script, url]
+    return subprocess.run(argv, capture_output=True, check=True, timeout=20).stdout
 
 
 class Engine(Process):
@@ -207,18 +225,22 @@ class Cluster:
         bootstrap: Node | str | None = None,
         token: str | None = None,
         listen: str = "/ip4/127.0.0.1/tcp/0",
+        mdns: bool = False,
+        netns: str | None = None,
     ) -> Node:
-        """Start a node without waiting for it."""
+        """Start a node without waiting for it, in the network namespace ``netns`` if named."""
         if isinstance(bootstrap, Node):
             bootstrap = bootstrap.addr
         state_dir = self.folder / f"state-{name}"
         argv = [sys.executable, "-m", "meshnode", "up", "--name", name, "--listen", listen]
-        argv += ["--api", "127.0.0.1:0", "--no-mdns", "--log-format", "json"]
+        argv += ["--api", "127.0.0.1:0", "--log-format", "json"]
+        argv += ["--mdns" if mdns else "--no-mdns"]
         argv += ["--state-dir", str(state_dir)]
         if bootstrap is not None:
             argv += ["--bootstrap", bootstrap]
-        node = Node([*argv, *args], self.env(MESHNODE_TOKEN=token or self.token))
+        node = Node([*_within(netns), *argv, *args], self.env(MESHNODE_TOKEN=token or self.token))
         node.state_dir = state_dir
+        node.netns = netns
         self.processes.append(node)
         return node
 
