@@ -30,7 +30,9 @@ _MAX_POSTPONED = 4  # intervals
 # So that not all of a network answer in the same instant.
 _ANSWER_DELAY = (0.02, 0.12)  # seconds
 _MAX_ANSWERS = 5  # in as many seconds; RFC 6762 wants no more than one a second
-_MAX_HEARD_PER_SECOND = 200  # packets; the kernel drops the rest of a flood for us
+# Seconds of rest for each second of reading, so that a flood of packets made to be costly takes no
+# more than a tenth of the processor; the kernel drops the rest of it.
+_REST = 9.0
 _INTERFACES_INTERVAL = 10.0  # seconds
 _REOPEN_INTERVAL = 10.0
 _MAX_REMEMBERED = 1_000  # peers; more than a local network has
@@ -186,7 +188,6 @@ class Mdns:
     # Hearing
 
     async def _listen_forever(self, sock: MulticastSocket) -> None:
-        window, heard = trio.current_time(), 0
         while True:
             try:
                 data, source = await sock.receive()
@@ -194,13 +195,9 @@ class Mdns:
                 log.debug("mdns_not_received", error=str(exc))
                 await trio.sleep(1)
                 continue
-            now = trio.current_time()
-            if now - window >= 1:
-                window, heard = now, 0
-            heard += 1
-            if heard >= _MAX_HEARD_PER_SECOND:
-                await trio.sleep_until(window + 1)
+            began = trio.current_time()
             self._hear(packets.parse(data, self._service), source)
+            await trio.sleep(_REST * (trio.current_time() - began))
 
     def _hear(self, packet: packets.Packet, source: str) -> None:
         if packet.asks:

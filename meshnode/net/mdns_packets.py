@@ -21,13 +21,14 @@ import dns.rdatatype
 import dns.rrset
 import dns.wire
 from dns.exception import DNSException
+from dns.rdtypes.ANY.TXT import TXT
 
 from meshnode.errors import ConfigError
 from meshnode.net.rng import Rng
 
 MAX_PACKET = 9000  # bytes; RFC 6762 section 17
-# One node's answer has about five records, an answer for a host full of nodes some dozens.
-MAX_RECORDS = 64
+# Ours has four records, js-libp2p's one for each address.
+MAX_RECORDS = 32
 MAX_ADDRS = 16  # per peer and packet; an announcement has no more
 MAX_PEERS = 8  # per packet; one instance answers for one peer, gateways for a few
 TTL = 120  # seconds, as RFC 6762 and the other libp2p implementations have it
@@ -122,31 +123,26 @@ def answer(
             printers, which go-libp2p and py-libp2p use, ignore an instance without a host.
         ttl: seconds; 0 takes the records back.
     """
-    strings = [f"dnsaddr={addr}" for addr in addrs if len(addr) + len(_PREFIX) <= _MAX_STRING]
+    strings = [string for addr in addrs if len(string := _PREFIX + addr.encode()) <= _MAX_STRING]
     if not strings:
         return None
     message = dns.message.QueryMessage(id=0)
     message.flags = dns.flags.QR | dns.flags.AA
     message.answer.append(_record(service.name, ttl, "PTR", service.instance.to_text()))
-    for name, kind, data in _details(service, strings[:_MAX_SENT_ADDRS], host_ip):
-        message.additional.append(_record(name, ttl, kind, data))
+    instance, host = service.instance, dns.name.Name((service.peer_name.encode(), b"local", b""))
+    # One record with all strings: go-libp2p keeps only the last TXT record of an instance.
+    text = TXT(dns.rdataclass.IN, dns.rdatatype.TXT, strings[:_MAX_SENT_ADDRS])
+    message.additional.append(dns.rrset.from_rdata(instance, ttl, text))
+    port = next((found[1].decode() for found in re.finditer(rb"/tcp/(\d{1,5})/", strings[0])), "0")
+    message.additional.append(_record(instance, ttl, "SRV", f"0 0 {port} {host.to_text()}"))
+    if host_ip is not None:
+        kind = "AAAA" if ":" in host_ip else "A"
+        message.additional.append(_record(host, ttl, kind, host_ip))
     return message.to_wire(max_size=MAX_PACKET)
 
 
 def _record(name: dns.name.Name, ttl: int, kind: str, data: str) -> dns.rrset.RRset:
     return dns.rrset.from_text(name, ttl, dns.rdataclass.IN, kind, data)
-
-
-def _details(
-    service: Service, strings: Sequence[str], host_ip: str | None
-) -> Iterator[tuple[dns.name.Name, str, str]]:
-    # One record with all strings: go-libp2p keeps only the last TXT record of an instance.
-    yield service.instance, "TXT", " ".join(f'"{string}"' for string in strings)
-    port = next((found[1] for found in re.finditer(r"/tcp/(\d{1,5})/", strings[0])), "0")
-    host = dns.name.Name((service.peer_name.encode(), b"local", b""))
-    yield service.instance, "SRV", f"0 0 {port} {host.to_text()}"
-    if host_ip is not None:
-        yield host, "AAAA" if ":" in host_ip else "A", host_ip
 
 
 def parse(data: bytes, service: Service) -> Packet:
