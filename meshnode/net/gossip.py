@@ -181,7 +181,7 @@ class Announcer:
     Args:
         compose: (Seq, State) -> what to say of this node now.
         record_own: told each announcement with its envelope, before it is sent.
-        interval: seconds between announcements when nothing changes.
+        interval: seconds between announcements when nothing changes, asked before each.
         start_seq: the first Seq; Unix milliseconds at boot, so that it rises across restarts.
     """
 
@@ -195,7 +195,7 @@ class Announcer:
         rng: Rng,
         metrics: Metrics,
         start_seq: int,
-        interval: float = ANNOUNCE_INTERVAL,
+        interval: Callable[[], float] = lambda: ANNOUNCE_INTERVAL,
     ) -> None:
         self._mesh = mesh
         self._topic = topic
@@ -234,7 +234,7 @@ class Announcer:
         """Announce until cancelled, or until ``say_leaving``."""
         while self._state != "leaving":
             jitter = self._rng.uniform(1 - _JITTER, 1 + _JITTER)
-            self._due = trio.current_time() + self._interval * jitter
+            self._due = trio.current_time() + self._interval() * jitter
             await self._announce()  # what changes while this waits moves the due time again
             await self._wait_until_due()
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import trio
 
+from meshnode.core import budget
 from meshnode.core.ledger import Ledger
 from meshnode.core.node_data import MAX_ADDRS, NODE_ONLINE_WINDOW, NodeData, ServiceData, State
 from meshnode.core.router import Policy, Router
@@ -50,8 +51,9 @@ class MemberSettings:
     bootstraps: tuple[str, ...] = ()  # multiaddrs that end in /p2p/<peer ID>
     services: tuple[LocalService, ...] = ()
     policy: Policy = "vram"
-    announce_interval: float = ANNOUNCE_INTERVAL  # seconds
-    online_window: float = NODE_ONLINE_WINDOW  # seconds
+    # Seconds, both; in a large mesh they stretch together (core/budget).
+    announce_interval: float = ANNOUNCE_INTERVAL
+    online_window: float = NODE_ONLINE_WINDOW
 
 
 class Member:
@@ -92,7 +94,7 @@ class Member:
             rng=rng,
             metrics=metrics,
             start_seq=int(wall_time() * 1000),
-            interval=settings.announce_interval,
+            interval=self._announce_interval,
         )
         self.hearer.on_own_seq = self.announcer.rise_above
         mesh.subscribe(topic, self.hearer.hear)
@@ -138,8 +140,18 @@ class Member:
             addrs=self._mesh.addrs[:MAX_ADDRS],
             seq=seq,
             state=state,
-            online_window=round(settings.online_window),
+            online_window=round(self._online_window()),
             version=settings.version,
+        )
+
+    def _announce_interval(self) -> float:
+        nodes = len(self.ledger.online(trio.current_time()))
+        return budget.announce_interval(nodes, self._settings.announce_interval)
+
+    def _online_window(self) -> float:
+        settings = self._settings
+        return budget.online_window(
+            self._announce_interval(), settings.announce_interval, settings.online_window
         )
 
     def _service_data(self, service: LocalService) -> ServiceData:
