@@ -14,6 +14,7 @@ from typing import Literal, NoReturn, TypeVar
 
 from meshnode.errors import ConfigError, TokenInvalid
 from meshnode.values import (
+    MAX_EXPOSED,
     MAX_NAME,
     ExposedService,
     HostPort,
@@ -448,6 +449,11 @@ def _check_belonging(config: Config) -> None:
 
 
 def _check_exposed(config: Config) -> None:
+    if len(config.expose) > MAX_EXPOSED:
+        raise ConfigError(
+            f"expose from {config.sources['expose']} names {len(config.expose)} services, but an "
+            f"announcement holds {MAX_EXPOSED}; start another node for the rest"
+        )
     seen: dict[str, ExposedService] = {}
     for service in config.expose:
         other = seen.setdefault(service.name, service)

@@ -15,6 +15,7 @@ from typing import Literal
 # uint64 carries VRAM on the wire, but nobody has more than 16 TiB: readers take more as unknown.
 MAX_VRAM = 16 * 2**40
 MAX_NAME = 64  # characters, as on the wire
+MAX_EXPOSED = 32  # services, as in one announcement
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

@@ -100,6 +100,7 @@ def test_a_variable_of_somebody_else_is_left_alone():
         ({"expose": ("a=1.2.3.4:0",)}, "port 0"),
         ({"expose": ("a b=1.2.3.4:1",)}, "is no service name"),
         ({"expose": ("a=1.2.3.4:1", "a=1.2.3.4:2")}, "uses the name of a=1.2.3.4:1"),
+        ({"expose": tuple(f"s{n}=1.2.3.4:1" for n in range(33))}, "names 33 services"),
         ({"proxy": "8x"}, "proxy=8x from flag --proxy is no HOST:PORT"),
         ({"proxy": "http://127.0.0.1:80"}, "proxy=http://127.0.0.1:80"),
         ({"proxy_mode": "http"}, "not served by this version"),

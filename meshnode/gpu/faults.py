@@ -53,6 +53,9 @@ FAULTS: dict[str, Fault] = {
         "check that /proc/meminfo is readable, or set --vram",
     ),
     "io_error": Fault("the kernel's file for the GPU can't be read", "see `dmesg`"),
+    "reader_failed": Fault(
+        "the reader stumbled over what the driver said", "set --vram, and report it"
+    ),
     "bad_value": Fault("the source gave a value that is no size", "set --vram, and report it"),
 }
 

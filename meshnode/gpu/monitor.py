@@ -122,7 +122,8 @@ class GpuMonitor:
         slot.asked_at = now
         with trio.move_on_after(self._time_limit):
             return await trio.to_thread.run_sync(
-                slot.reader.read,
+                _read_guarded,
+                slot.reader,
                 abandon_on_cancel=True,
                 limiter=slot.limiter,
                 thread_name=f"gpu-{slot.reader.source}",
@@ -155,6 +156,16 @@ class GpuMonitor:
                 total_vram=memory.total,
                 gpu_count=memory.count,
             )
+
+
+def _read_guarded(reader: VramReader) -> GpuMemory:
+    """Read; whatever a driver's binding raises besides its own errors must not end the node."""
+    try:
+        return reader.read()
+    except GpuReadError:
+        raise
+    except Exception as exc:
+        raise gpu_error("reader_failed", f"{reader.source}: {exc!r}") from exc
 
 
 def _worst(errors: Sequence[tuple[_Slot, GpuReadError]]) -> GpuReadError | None:

@@ -25,7 +25,7 @@ INTERVAL = 5.0
 class ScriptedReader:
     """Says what it is told to; a code is raised, "hang" waits for ``let_go``."""
 
-    def __init__(self, says: GpuMemory | str, source: str = "scripted") -> None:
+    def __init__(self, says: GpuMemory | str | Exception, source: str = "scripted") -> None:
         self.source = source
         self.says = says
         self.reads = 0
@@ -38,6 +38,8 @@ class ScriptedReader:
             return memory(1)
         if isinstance(self.says, str):
             raise gpu_error(self.says)
+        if isinstance(self.says, Exception):
+            raise self.says
         return self.says
 
 
@@ -147,6 +149,17 @@ async def test_an_error_is_counted_each_time_and_logged_once_per_change() -> Non
         ("gpu memory read", None),
     ]
     assert (w.count("gpu_is_lost"), w.count("timeout")) == (2, 1)
+
+
+async def test_a_reader_that_raises_what_nobody_foresaw_is_counted_and_the_node_lives() -> None:
+    reader = ScriptedReader(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a card's name"))
+    w = watch(reader)
+    await w.round()
+    assert w.monitor.latest is None
+    assert w.count("reader_failed") == 1
+    reader.says = memory(20)
+    await w.round()
+    assert w.monitor.latest == memory(20)
 
 
 async def test_a_host_without_any_gpu_is_unknown_and_says_so_once() -> None:
