@@ -15,7 +15,7 @@ import structlog
 import trio
 
 from meshnode.core.ledger import Ledger, Observation
-from meshnode.core.node_data import MAX_ENVELOPE_BYTES, NodeData, State, decode, encode
+from meshnode.core.node_data import MAX_ENVELOPE_BYTES, NodeData, State, decode_signed, encode
 from meshnode.errors import WireError
 from meshnode.metrics import Metrics
 from meshnode.net.mesh import LinkEvent, LinkState, Mesh, Verdict
@@ -137,10 +137,7 @@ class Hearer:
         signer, payload = self._open_sealed(envelope)
         if sender is not None and signer != sender:
             raise WireError("wrong_signer", f"sent by {sender}, but signed by {signer}")
-        node = decode(payload)
-        if node.id != signer:
-            raise WireError("wrong_signer", f"speaks of {node.id}, but is signed by {signer}")
-        return node
+        return decode_signed(signer, payload)
 
     def _observe(self, node: NodeData, envelope: bytes, now: float, age: float) -> Observation:
         observation = self._ledger.observe(node, envelope=envelope, now=now, age=age)

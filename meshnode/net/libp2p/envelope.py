@@ -11,13 +11,12 @@ from libp2p.peer.envelope import Envelope, make_unsigned
 from libp2p.peer.id import ID
 from libp2p.peer.pb import crypto_pb2, envelope_pb2
 
+from meshnode.core.node_data import MAX_ENVELOPE_BYTES
 from meshnode.errors import WireError
 from meshnode.net.libp2p.identity import Identity
 
 DOMAIN = "meshnode-announce"
 PAYLOAD_TYPE = b"/meshnode/announce/1.0.0"
-# An announcement's payload is at most 16 KiB; key, type and signature add about 130 bytes.
-MAX_ENVELOPE_BYTES = 20 * 1024
 _SIGNATURE_BYTES = 64
 
 
