@@ -58,6 +58,7 @@ class MemoryNetwork:
         self._hosts: dict[str, int] = {}
         self._cut: set[frozenset[str]] = set()
         self._delays: dict[frozenset[str], float] = {}
+        self.loss = 0.0  # of the announcements over each link, this share goes astray
         self._weather_changed = trio.Event()
         self._posted = 0
 
@@ -122,6 +123,9 @@ class MemoryNetwork:
         mesh = self._at_addr.get(transport_addr)
         return mesh if mesh is not None and mesh.running else None
 
+    def goes_astray(self) -> bool:
+        return self.loss > 0.0 and self._rng.random() < self.loss
+
     def is_cut(self, a: str, b: str) -> bool:
         return frozenset((a, b)) in self._cut
 
@@ -153,6 +157,8 @@ class MemoryMesh:
     ) -> None:
         self.transport_addr = transport_addr
         self.running = False
+        self.copies_received = 0  # announcements, each as often as it arrived
+        self.bytes_received = 0  # of those
         self._network = network
         self._peer_id = peer_id
         self._keys = keys
@@ -370,10 +376,13 @@ class MemoryMesh:
         self, message: int, topic: str, origin: str, data: bytes, *, except_for: Collection[str]
     ) -> None:
         for peer_id, end in tuple(self._ends.items()):
-            if peer_id != origin and peer_id not in except_for:
-                end.send(partial(_hear, message=message, topic=topic, origin=origin, data=data))
+            if peer_id == origin or peer_id in except_for or self._network.goes_astray():
+                continue
+            end.send(partial(_hear, message=message, topic=topic, origin=origin, data=data))
 
     def hear(self, message: int, topic: str, origin: str, data: bytes, forwarder: str) -> None:
+        self.copies_received += 1
+        self.bytes_received += len(data)
         listener = self._listeners.get(topic)
         if listener is None or origin == self._peer_id or not self._remember(message):
             return
