@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from meshnode import __version__
-from meshnode.cli import demo, gpus, queries, token, up
+from meshnode.cli import demo, gpus, queries, swarm, token, up
 
 _COMPLETION_VARIABLE = "_MESHNODE_COMPLETE"
 
@@ -39,6 +39,7 @@ def build_app(argv: Sequence[str]) -> typer.Typer:
     app.command("explain")(queries.explain)
     app.command("gpus")(gpus.gpus)
     app.command("demo")(demo.demo)
+    app.command("swarm")(swarm.swarm)
     tokens = _group(bare=completing or len(argv) < 2 or argv[1].startswith("-"), nested=True)
     tokens.command("new")(token.new)
     tokens.command("show")(token.show)

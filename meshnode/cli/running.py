@@ -31,7 +31,7 @@ def run_node_here(config: Config) -> int:
         MeshnodeError: the node can't run; unless the log is JSON, where it is a log line.
     """
     set_up_logs(config.log_level, config.log_format)
-    _raise_file_limit()
+    raise_file_limit()
     for warning in config.warnings:
         _log.warning("check the settings", warning=warning)
 
@@ -135,7 +135,7 @@ def _end_with(error: MeshnodeError, config: Config) -> int:
     return error.exit_code
 
 
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
