@@ -136,6 +136,7 @@ def _end_with(error: MeshnodeError, config: Config) -> int:
 
 
 def raise_file_limit() -> None:
+    """Take as many descriptors as the system lets this process have, up to what a node needs."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
