@@ -9,6 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from meshnode.testing.fixtures import real_swarm_of, swarm_of
+
+__all__ = ["real_swarm_of", "swarm_of"]
+
 
 class StartEngine:
     """start_engine("--name", "x", ...) -> the base URL of a new engine."""
