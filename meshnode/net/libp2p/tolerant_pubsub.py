@@ -106,21 +106,29 @@ class TolerantPubsub(Pubsub):
         try:
             async with trio.open_nursery() as nursery:
                 self._tasks.nursery = nursery
-                for topic in self.listeners:
-                    await self.router.join(topic)
-                for task in (self.handle_peer_queue, self.handle_dead_peer_queue):
-                    nursery.start_soon(task)
-                await self.wait_until_ready()
-                nursery.start_soon(self._beat_forever)
-                nursery.start_soon(self._say_hello_forever)
-                for peer_id in self._admitted:
-                    self._keep_link(peer_id)
-                task_status.started()
-                await trio.sleep_forever()
+                try:
+                    await self._serve_within(nursery, task_status)
+                finally:
+                    # Streams outlive this service by a moment; what they start now must start
+                    # nothing. Here and not below: the nursery is closed before it is left.
+                    self._tasks.nursery = None
         finally:
-            # Streams outlive this service by a moment; what they start now must start nothing.
-            self._tasks.nursery = None
             self._clear_subscription_state()
+
+    async def _serve_within(
+        self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]
+    ) -> None:
+        for topic in self.listeners:
+            await self.router.join(topic)
+        for task in (self.handle_peer_queue, self.handle_dead_peer_queue):
+            nursery.start_soon(task)
+        await self.wait_until_ready()
+        nursery.start_soon(self._beat_forever)
+        nursery.start_soon(self._say_hello_forever)
+        for peer_id in self._admitted:
+            self._keep_link(peer_id)
+        task_status.started()
+        await trio.sleep_forever()
 
     async def _beat_forever(self) -> None:
         await trio.sleep(self._mesh_router.heartbeat_initial_delay)
