@@ -170,10 +170,11 @@ class Swarm:
         self._closing.set()
 
     async def _end_all(self) -> None:
+        for node in self.nodes:
+            node.is_alive = False  # what the others make of it is no longer the mesh's doing
         for first in range(0, len(self.nodes), _CLOSE_AT_ONCE):
             batch = self.nodes[first : first + _CLOSE_AT_ONCE]
             for node in batch:
-                node.is_alive = False
                 node.gate.thaw()
                 node.scope.cancel()
             for node in batch:
@@ -397,6 +398,20 @@ class Swarm:
                 raise TimeoutError(f"after {within:g} s {blind} still have node {number} online")
             await trio.sleep(_POLL / 5)
         return dict(death.detected_after)
+
+    async def wait_linked(self, links: int, within: float) -> float:
+        """Wait until every living node has ``links`` connections; return the seconds it took.
+
+        Raises:
+            TimeoutError: some node has fewer after ``within`` seconds.
+        """
+        began = trio.current_time()
+        while any(node.links() < links for node in self.living()):
+            if trio.current_time() - began >= within:
+                few = {n.number: n.links() for n in self.living() if n.links() < links}
+                raise TimeoutError(f"after {within:g} s links by node are still {few}")
+            await trio.sleep(_POLL)
+        return trio.current_time() - began
 
     def choose(self, count: int, among: Iterable[int] | None = None) -> list[int]:
         """Return ``count`` numbers thrown by the swarm's dice; living ones but the bootstrap."""

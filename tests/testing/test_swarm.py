@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 from trio.testing import MockClock
 
+from meshnode.errors import ConfigError
 from meshnode.testing.fixtures import OpenSwarm
 from meshnode.testing.swarm import Swarm
 
@@ -96,3 +98,122 @@ def seq_of(swarm: Swarm, observer: int, target: int) -> int:
     entry = swarm.nodes[observer].ledger.get(swarm.nodes[target].peer_id)
     assert entry is not None
     return entry.node.seq
+
+
+@pytest.mark.parametrize("seconds", [-HOUR, HOUR])
+async def test_clocks_an_hour_off_evict_nobody(
+    swarm_of: OpenSwarm,
+    autojump_clock: MockClock,
+    seconds: float,
+) -> None:
+    async with swarm_of(20, seed=1) as swarm:
+        await settle(swarm)
+        for number in swarm.choose(5):
+            swarm.skew(number, seconds)
+        await trio.sleep(60)
+        assert swarm.watch.evictions == []
+        assert swarm.awry() == []
+
+
+async def test_both_sides_of_a_partition_lose_each_other_and_are_one_again_when_it_heals(
+    swarm_of: OpenSwarm,
+    autojump_clock: MockClock,
+) -> None:
+    async with swarm_of(20, seed=1) as swarm:
+        await settle(swarm)
+        swarm.partition([range(10)])
+        await swarm.wait_converged(within=20)
+        assert swarm.nodes[3].online == set(range(10))
+        assert swarm.nodes[13].online == set(range(10, 20))
+        await trio.sleep(60)
+        swarm.heal()
+        assert await swarm.wait_converged(within=10) <= 10
+        assert {one.kind for one in swarm.watch.evictions} == {"cut"}
+
+
+async def test_a_stop_of_three_seconds_evicts_nobody(
+    swarm_of: OpenSwarm, autojump_clock: MockClock
+) -> None:
+    async with swarm_of(20, seed=1) as swarm:
+        await settle(swarm)
+        for number in swarm.choose(3):
+            swarm.freeze(number)
+        await trio.sleep(3)
+        for node in swarm.nodes:
+            if node.is_frozen:
+                swarm.thaw(node.number)
+        await trio.sleep(10)
+        assert swarm.watch.evictions == []
+
+
+async def test_a_node_that_stays_stopped_is_missed_within_five_seconds_and_returns(
+    swarm_of: OpenSwarm,
+    autojump_clock: MockClock,
+) -> None:
+    async with swarm_of(20, seed=1) as swarm:
+        await settle(swarm)
+        swarm.freeze(5)
+        await trio.sleep(5)
+        assert all(5 not in node.online for node in swarm.living() if node.number != 5)
+        # It stood still itself, and knows that this proves nothing against the others.
+        assert swarm.nodes[5].online == set(range(20))
+        swarm.thaw(5)
+        assert await swarm.wait_converged(within=10) <= 10
+        assert swarm.watch.false_evictions == []
+
+
+async def test_minutes_of_lost_announcements_wrongs_nobody(
+    swarm_of: OpenSwarm, autojump_clock: MockClock
+) -> None:
+    async with swarm_of(10, seed=1, loss=0.05) as swarm:
+        await settle(swarm)
+        await trio.sleep(300)
+        assert swarm.watch.evictions == []
+        assert swarm.awry() == []
+
+
+async def test_pretended_memory_differs_and_its_change_is_heard(
+    swarm_of: OpenSwarm, autojump_clock: MockClock
+) -> None:
+    async with swarm_of(8, seed=1) as swarm:
+        await settle(swarm)
+        assert len({node.gpu.total for node in swarm.nodes}) == 7
+        swarm.nodes[2].set_vram(123)
+        await trio.sleep(1.1)
+        told = [node.ledger.get(swarm.nodes[2].peer_id) for node in swarm.nodes]
+        assert [entry.node.available_vram for entry in told if entry] == [123] * 8
+
+
+async def test_a_false_eviction_does_not_go_unnoticed(
+    swarm_of: OpenSwarm, autojump_clock: MockClock
+) -> None:
+    async with swarm_of(3, seed=1) as swarm:
+        await settle(swarm)
+        victim = swarm.nodes[2].peer_id
+        swarm.nodes[1].member.peering.report_unreachable(victim, "made up by this test")
+        (eviction,) = swarm.watch.false_evictions
+        assert (eviction.observer, eviction.target) == (1, 2)
+        assert "made up by this test" in eviction.reason
+
+
+async def test_the_end_of_a_swarm_is_nobodys_eviction(
+    swarm_of: OpenSwarm,
+    autojump_clock: MockClock,
+) -> None:
+    async with swarm_of(12, seed=1) as swarm:
+        await settle(swarm)
+    assert swarm.watch.evictions == []
+
+
+async def test_what_a_swarm_cannot_do_is_said(
+    swarm_of: OpenSwarm, autojump_clock: MockClock
+) -> None:
+    with pytest.raises(ConfigError, match="at least one node"):
+        async with swarm_of(0):
+            pass
+    async with swarm_of(2) as swarm:
+        swarm.kill(1)
+        with pytest.raises(ConfigError, match="node 1 of this swarm is not running"):
+            swarm.kill(1)
+        with pytest.raises(ConfigError, match="has not died"):
+            await swarm.wait_gone(0, within=1)
