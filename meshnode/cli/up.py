@@ -16,6 +16,7 @@ _MAX_SECRET = 64 * 1024  # bytes; a token or a key has a few hundred, this is so
 
 
 def up(
+    context: typer.Context,
     token_file: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="The mesh's token (or MESHNODE_TOKEN)."),
@@ -98,19 +99,16 @@ def up(
     Every flag is also an environment variable (MESHNODE_LISTEN) and a key of the --config file
     (listen). A flag goes before the environment, that before the file.
     """
-    flags: dict[str, object] = {
-        **{"token_file": token_file, "open": open_, "network": network, "listen": listen},
-        **{"announce_addr": announce_addr, "bootstrap": bootstrap, "mdns": mdns, "expose": expose},
-        **{"proxy": proxy, "proxy_mode": proxy_mode, "service": service, "target": target},
-        **{"policy": policy, "vram": vram, "name": name, "api": api, "api_key_file": api_key_file},
-        **{"state_dir": state_dir, "log_level": log_level, "log_format": log_format},
-        **{"announce_interval": announce_interval, "online_window": online_window},
-    }
-    settings = read_settings(flags, config)
+    settings = read_settings(flags_of(context.params), config)
 
     from meshnode.cli.running import run_node_here
 
     raise typer.Exit(run_node_here(settings))
+
+
+def flags_of(params: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings among the parameters of ``up``, by the names that they have in Config."""
+    return {name.rstrip("_"): value for name, value in params.items() if name != "config"}
 
 
 def read_settings(flags: Mapping[str, object], config_path: str | None) -> Config:
