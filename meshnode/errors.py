@@ -13,6 +13,8 @@
     │   ├── StreamReset         a stream or its connection was cut: what was read is not whole
     │   └── StreamClosed        our own bug or shutdown: the stream was already closed here
     ├── NoCandidate             nobody can serve the request (exit 4)
+    │   └── UnknownModel        nobody has the model that it names; ``near`` lists like names
+    ├── ParseError              a client's request can't be understood (HTTP 400)
     ├── GpuReadError            free VRAM can't be read; ``code`` says why
     └── NodeNotRunning          no control API answers (exit 3)
 
@@ -87,6 +89,23 @@ class NoCandidate(MeshnodeError):
     """Nobody can serve the request."""
 
     exit_code = 4
+
+
+class UnknownModel(NoCandidate):
+    """Nobody in the mesh has the model that the request names; ``near`` lists like names."""
+
+    def __init__(self, message: str, *, model: str, near: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.model = model
+        self.near = near
+
+
+class ParseError(MeshnodeError):
+    """A client's request that can't be understood; ``param`` is the field at fault, if one is."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class GpuReadError(MeshnodeError):

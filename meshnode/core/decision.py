@@ -11,8 +11,9 @@ from typing import Literal
 from meshnode.core.clusterrouting import PolicyTier
 
 Policy = Literal["vram", "rotate", "random"]
-# What decided: a tier of the policy, the dice, or the caller's own choice of peer.
-Tier = PolicyTier | Literal["random", "target"]
+# What decided: a tier of the policy, the dice, the caller's own choice of peer, or with a model
+# what is warm there: the model itself, the prompt's prefix, the session, or least cached so far.
+Tier = PolicyTier | Literal["random", "target", "loaded", "prefix", "session", "least_cached"]
 
 # What a person reads and a page shows; it also keeps a record of ten thousand peers small.
 MAX_ROWS = 50
@@ -31,6 +32,9 @@ class CandidateRow:
     available_vram: int  # bytes; 0 = unknown
     reported_at: float | None = None  # when a tunnel reply gave newer numbers than announced
     excluded: str | None = None  # why it could not be picked, if it could not
+    service_id: str | None = None  # where the request names a model and any service will do
+    loaded: bool | None = None  # whether the model is in memory there; None: no model was asked
+    match_ratio: float | None = None  # of the prompt's blocks, how many were last served there
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +54,7 @@ class Decision:
     outcome: str | None = None  # None while the lease is open
     duration: float | None = None  # seconds from the pick to the end
     retries: int | None = None  # peers given up before this one
+    model: str | None = None  # as the request named it
+    match_ratio: float | None = None  # of the picked peer; None: no prompt was looked at
+    # The peer whose cache is warm, where its load made somebody else serve.
+    forced_off: str | None = None

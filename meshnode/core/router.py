@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -96,6 +96,7 @@ class Router:
         self._records: deque[Record] = deque(maxlen=max_decisions)
         self._last_pick = 0.0
         self._own_total = 0
+        self._watchers: list[Callable[[str], None]] = []
         ledger.watch(self._note)
 
     # Requests
@@ -125,19 +126,7 @@ class Router:
         """
         request = _Request(now, wall_time, service_id, target, exclude, attempt)
         decision = self._decide(request, self._rng)
-        picked = decision.picked
-        assert picked is not None  # dice were at hand
-        self._count(picked, service_id, +1)
-        self._mark_used(picked, now)
-        record = Record(decision)
-        self._records.append(record)
-        return Lease(
-            record,
-            peer_id=picked,
-            service_id=service_id,
-            is_local=picked == self.self_id,
-            give_back=partial(self._count, picked, service_id, -1),
-        )
+        return self.claim(decision)
 
     def explain(
         self,
@@ -156,6 +145,38 @@ class Router:
         """
         request = _Request(now, wall_time, service_id, target, exclude, attempt)
         return self._decide(request, None)
+
+    # For whoever chooses by more than load (core/model_router)
+
+    def watch(self, watcher: Callable[[str], None]) -> None:
+        """Tell ``watcher`` of each peer whose news, load or being online changed."""
+        self._watchers.append(watcher)
+
+    def standing(self, peer_id: str, service_id: str, now: float) -> Standing | None:
+        """Return a peer's place in the order of the policy; None: offline, or not offered."""
+        entry = self._ledger.get(peer_id)
+        if entry is None or now >= entry.online_until or entry.node.service(service_id) is None:
+            return None
+        return self._view(entry.node).standing(service_id)
+
+    def claim(self, decision: Decision) -> Lease:
+        """Count a request on the peer that ``decision`` picked, and remember the decision.
+
+        Call it in the same synchronous step as the decision. The peer's standing has been asked.
+        """
+        picked, service_id = decision.picked, decision.service_id
+        assert picked is not None  # dice were at hand
+        self._count(picked, service_id, +1)
+        self._mark_used(picked, decision.at)
+        record = Record(decision)
+        self._records.append(record)
+        return Lease(
+            record,
+            peer_id=picked,
+            service_id=service_id,
+            is_local=picked == self.self_id,
+            give_back=partial(self._count, picked, service_id, -1),
+        )
 
     def decisions(self) -> tuple[Decision, ...]:
         """Return the last decisions, the newest first."""
@@ -359,6 +380,8 @@ class Router:
 
     def _note(self, peer_id: str) -> None:
         """Remember that a peer changed; the next decision looks at it again."""
+        for watcher in self._watchers:
+            watcher(peer_id)
         if not self._rankings and peer_id not in self._views:
             return
         self._changed.add(peer_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -497,3 +498,38 @@ def test_a_peer_cannot_pass_for_another_by_taking_its_id_for_a_name() -> None:
     assert bench.router.lease(now=1.0, service_id="chat", target="a").peer_id == "a"
     bench.ledger.mark_down("a", "cut", 2.0)
     assert "'a' is offline" in bench.refusal(target="a", now=2.0)
+
+
+# What a choice by more than load builds on
+
+
+def test_a_watcher_hears_of_news_of_load_and_of_loss() -> None:
+    bench = Bench(node("a", 8))
+    told: list[str] = []
+    bench.router.watch(told.append)
+    bench.hear(node("b", 16), now=1.0)
+    assert told == ["b"]
+    with bench.router.lease(now=1.0, service_id="chat"):
+        assert told == ["b", "b"]  # counted in
+    assert told == ["b", "b", "b"]  # and out
+    bench.ledger.mark_down("a", "gone", now=2.0)
+    assert told[-1] == "a"
+
+
+def test_a_standing_is_that_of_an_online_peer_that_offers_the_service() -> None:
+    bench = Bench(node("a", 8, in_flight=2))
+    standing = bench.router.standing("a", "chat", 1.0)
+    assert standing is not None and standing.row.in_flight == 2
+    assert bench.router.standing("a", "other", 1.0) is None
+    assert bench.router.standing("nobody", "chat", 1.0) is None
+    assert bench.router.standing("a", "chat", 40.0) is None
+
+
+def test_a_claimed_decision_counts_like_a_lease_and_stands_among_the_decisions() -> None:
+    bench = Bench(*FOUR)
+    decision = replace(bench.explain(), picked="d", model="llama3", tier="loaded")
+    with bench.router.claim(decision) as lease:
+        assert (lease.peer_id, lease.service_id) == ("d", "chat")
+        assert bench.router.own_in_flight("d", "chat") == bench.router.own_total == 1
+        assert bench.router.decisions()[0].model == "llama3"
+    assert bench.router.own_total == 0
