@@ -59,6 +59,8 @@ class ServiceData(WireModel):
     in_flight: Uint64 = Field(default=0, alias="InFlight")  # requests open on it, everyone's
     max_in_flight: Uint64 = Field(default=0, alias="MaxInFlight")  # 0 = no limit
     healthy: bool = Field(default=True, alias="Healthy")
+    # Models in memory now, as far as its engine tells; those also named in ``models`` count.
+    loaded: tuple[ModelName, ...] = Field(default=(), alias="Loaded", max_length=MAX_MODELS)
 
 
 class NodeData(WireModel):
@@ -128,7 +130,8 @@ def encode(node: NodeData) -> bytes:
     """Return ``node`` canonically: every key but TunnelAddress, in the order of the SPEC.
 
     Raises:
-        WireError: ``too_large``: it needs more than ``MAX_ANNOUNCEMENT_BYTES``; name fewer models.
+        WireError: ``too_large``: it needs more than ``MAX_ANNOUNCEMENT_BYTES``; let
+            ``catalogue.fit_models`` name fewer models.
     """
     fields = node.model_dump(by_alias=True, exclude={"tunnel_address"})
     return pack_map(fields, MAX_ANNOUNCEMENT_BYTES)

@@ -172,6 +172,7 @@ def _service_view(service: ServiceData, in_flight: int) -> dict[str, object]:
     return {
         "service_id": service.service_id,
         "models": list(service.models),
+        "loaded": list(service.loaded),
         "in_flight": in_flight,
         "max_in_flight": service.max_in_flight or None,
         "healthy": service.healthy,

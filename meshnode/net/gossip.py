@@ -14,6 +14,7 @@ from typing import Protocol
 import structlog
 import trio
 
+from meshnode.core.catalogue import fit_models
 from meshnode.core.ledger import Ledger, Observation
 from meshnode.core.node_data import MAX_ENVELOPE_BYTES, NodeData, State, decode_signed, encode
 from meshnode.errors import WireError
@@ -206,6 +207,7 @@ class Announcer:
         self._due = float("-inf")
         self._due_moved = trio.Event()
         self._last_sent = float("-inf")
+        self._unnamed = 0  # models that the last announcement had no room for
         mesh.watch_links(self._on_link)
 
     @property
@@ -252,8 +254,9 @@ class Announcer:
                 await self._due_moved.wait()
 
     async def _announce(self) -> None:
-        node = self._compose(self._next_seq, self._state)
+        node, unnamed = fit_models(self._compose(self._next_seq, self._state))
         self._next_seq += 1
+        self._tell_unnamed(unnamed)
         envelope = self._mesh.seal(encode(node))
         self._record_own(node, envelope)
         if self._mesh.links():
@@ -261,6 +264,16 @@ class Announcer:
             self._last_sent = trio.current_time()
         await self._mesh.publish(self._topic, envelope)
         self._metrics.announcements.labels(direction="sent").inc()
+
+    def _tell_unnamed(self, unnamed: int) -> None:
+        if unnamed > self._unnamed:
+            log.warning(
+                "models_not_announced",
+                models=unnamed,
+                error="an announcement has no room for them, so nobody is routed here for them; "
+                "expose fewer models, or split them over several hosts",
+            )
+        self._unnamed = unnamed
 
     def _on_link(self, event: LinkEvent) -> None:
         if event.state is LinkState.UP:

@@ -22,7 +22,9 @@ FULL = NodeData(
     total_vram=24 * GIB,
     gpu_count=1,
     services=(
-        ServiceData(service_id="llm", models=("m:8b",), in_flight=2, max_in_flight=4),
+        ServiceData(
+            service_id="llm", models=("m:8b",), in_flight=2, max_in_flight=4, loaded=("m:8b",)
+        ),
         ServiceData(service_id="whisper", healthy=False),
     ),
     addrs=("/ip4/10.0.0.1/tcp/4201/p2p/12D3KooWA",),
@@ -46,6 +48,7 @@ services = st.fixed_dictionaries(
         "in_flight": uint,
         "max_in_flight": uint,
         "healthy": st.booleans(),
+        "loaded": st.lists(text.filter(bool), max_size=3).map(tuple),
     }
 ).map(lambda fields: ServiceData(**fields))
 nodes = st.fixed_dictionaries(
@@ -161,6 +164,8 @@ def test_the_tunnel_address_is_read_but_never_sent() -> None:
         {"Services": [{"ServiceID": ""}]},
         {"Services": [{"ServiceID": "x", "Healthy": 1}]},
         {"Services": [{"ServiceID": "x", "Models": ["m"] * 257}]},
+        {"Services": [{"ServiceID": "x", "Loaded": ["m"] * 257}]},
+        {"Services": [{"ServiceID": "x", "Loaded": ["m" * 129]}]},
         {"Services": [{"ServiceID": "x"}] * 33},
         {"Addrs": ["/ip4/10.0.0.1"] * 17},
         {"Addrs": ["x" * 257]},

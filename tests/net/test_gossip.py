@@ -4,9 +4,10 @@ from itertools import pairwise
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from meshnode.core.ledger import Observation
-from meshnode.core.node_data import MAX_ENVELOPE_BYTES, NodeData, encode
+from meshnode.core.node_data import MAX_ENVELOPE_BYTES, NodeData, ServiceData, encode
 from meshnode.errors import WireError
 from meshnode.net.gossip import announce_topic
 from meshnode.net.mesh import Verdict
@@ -194,6 +195,29 @@ async def test_draining_and_leaving_are_told_at_once(make_node, start, autojump_
     assert [state for _, _, state in heard] == ["draining", "leaving"]
     assert a.online() == {"a"}
     assert a.counted("ejections_total", reason="leaving") == 1
+
+
+async def test_a_catalogue_too_large_for_an_announcement_is_cut_and_said_so(
+    make_node, start, autojump_clock
+):
+    a = make_node("a")
+    b = make_node("b", bootstraps=[a.addr])
+    names = tuple(f"{n:0100}" for n in range(256))
+    plain = b.announcer._compose
+
+    def compose(seq, state):
+        service = ServiceData(service_id="llm", models=names, loaded=names[-1:])
+        return plain(seq, state).model_copy(update={"services": (service,)})
+
+    b.announcer._compose = compose
+    with capture_logs() as lines:
+        await start(a, b)
+        await trio.sleep(25)
+    heard = a.ledger.get(b.peer_id).node.services[0]
+    assert 100 < len(heard.models) < 256
+    assert heard.loaded == names[-1:] and names[-1] in heard.models
+    told = [line for line in lines if line["event"] == "models_not_announced"]
+    assert [line["models"] for line in told] == [256 - len(heard.models)]
 
 
 async def test_garbage_on_the_topic_leaves_the_node_alive(make_node, start, autojump_clock):

@@ -23,7 +23,11 @@ USUAL = NodeData(
     gpu_count=1,
     services=(
         ServiceData(
-            service_id="llm", models=("llama3.1:8b", "qwen2.5:32b"), in_flight=2, max_in_flight=8
+            service_id="llm",
+            models=("llama3.1:8b", "qwen2.5:32b"),
+            in_flight=2,
+            max_in_flight=8,
+            loaded=("qwen2.5:32b",),
         ),
         ServiceData(service_id="whisper", healthy=False),
     ),
@@ -109,6 +113,9 @@ def _valid() -> list[dict[str, object]]:
         "two services of one name are kept, and the first counts": pack(
             required | {"Services": [{"ServiceID": "a", "InFlight": 1}, {"ServiceID": "a"}]}
         ),
+        "a model said to be loaded that is not served is kept, and says nothing": pack(
+            required | {"Services": [{"ServiceID": "a", "Models": ["m"], "Loaded": ["n"]}]}
+        ),
         "a key in another case is another key": pack(required | {"state": "leaving"}),
     }
     return [
@@ -145,6 +152,9 @@ def _invalid() -> list[dict[str, object]]:
         "33 services": bad(Services=[{"ServiceID": "a"}] * 33),
         "257 models": bad(Services=[{"ServiceID": "a", "Models": ["m"] * 257}]),
         "a model's name is too long": bad(Services=[{"ServiceID": "a", "Models": ["m" * 129]}]),
+        "257 loaded models": bad(Services=[{"ServiceID": "a", "Loaded": ["m"] * 257}]),
+        "a loaded model's name is empty": bad(Services=[{"ServiceID": "a", "Loaded": [""]}]),
+        "Loaded is a number": bad(Services=[{"ServiceID": "a", "Loaded": 1}]),
         "17 addresses": bad(Addrs=["/ip4/10.0.0.1/tcp/1"] * 17),
         "an address is too long": bad(Addrs=["/" + "a" * 256]),
     }
