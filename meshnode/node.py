@@ -16,8 +16,6 @@ from pathlib import Path
 
 import structlog
 import trio
-from prometheus_client import CollectorRegistry
-from starlette.types import ASGIApp
 
 from meshnode import __version__
 from meshnode.config import Config
@@ -25,20 +23,20 @@ from meshnode.core import token as tokens
 from meshnode.errors import ConfigError, ListenFailed, MeshnodeError
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.gpu.probe import find_readers
-from meshnode.http import control_api, server, views
+from meshnode.http import control_api, server
 from meshnode.http.unavailable import answer_unavailable
 from meshnode.metrics import Metrics
-from meshnode.net.federation_entry import EntryPoint, EntrySettings, choose_service
+from meshnode.net.federation_entry import EntryPoint, EntrySettings
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import Identity, load_or_create_identity
 from meshnode.net.local_services import LocalService
 from meshnode.net.mdns import Mdns
 from meshnode.net.member import Member, MemberSettings
+from meshnode.node_view import LiveView
 
 # A first announcement should carry the free memory; a driver slower than this is not waited for.
 _FIRST_READING = 1.0  # seconds
 _LAG_INTERVAL = 0.5  # seconds
-_STATES = ("up", "draining", "left", "offline")
 
 log = structlog.get_logger(__name__)
 
@@ -95,18 +93,24 @@ class Node:
             )
             for key in (keys if config.mdns else ())  # while keys are changed, there are two
         ]
+        self._view = LiveView(
+            config,
+            network=self.network,
+            fingerprint=self.fingerprint,
+            member=member,
+            mesh=self._mesh,
+            gpu=self._gpu,
+            metrics=metrics,
+        )
         self._entry = EntryPoint(
             member.router,
             member.upstreams,
-            choose_service=self._choose_service,
+            choose_service=self._view.choose_service,
             refuse=answer_unavailable,
             metrics=metrics,
             wall_time=time.time,
             settings=EntrySettings(target=config.target),
         )
-        self._started_at = 0.0
-        self._proxy: str | None = None
-        self._api = ""
 
     # Running
 
@@ -130,12 +134,17 @@ class Node:
             api = server.bind(self.config.api.host, self.config.api.port, setting="api")
             sockets.callback(api.close)
             proxy = await self._bind_proxy(sockets)
-            self._api = _host_port(api.getsockname())
-            self._started_at = trio.current_time()
+            self._view.api = _host_port(api.getsockname())
+            self._view.started_at = trio.current_time()
             await mesh.start(self._mesh.run_forever)
             async with trio.open_nursery() as parts:
                 await self._start(parts)
-                await parts.start(server.serve_forever, self._control_app(), api)
+                app = control_api.build_app(
+                    self._view,
+                    api_key=self.config.api_key,
+                    allowed_hosts=(self.config.api.host,),
+                )
+                await parts.start(server.serve_forever, app, api)
                 if proxy:
                     parts.start_soon(self._entry.serve_forever, proxy)
                 self._announce_ready(on_ready)
@@ -179,7 +188,7 @@ class Node:
             ) from exc
         for listener in listeners:
             sockets.push_async_callback(listener.aclose)
-        self._proxy = _host_port(listeners[0].socket.getsockname())
+        self._view.proxy = _host_port(listeners[0].socket.getsockname())
         return listeners
 
     def _announce_ready(self, on_ready: OnReady) -> None:
@@ -190,97 +199,10 @@ class Node:
                 "schema_version": control_api.SCHEMA_VERSION,
                 "peer_id": self.identity.peer_id,
                 "addrs": list(self._mesh.addrs),
-                "proxy": self._proxy,
-                "api": self._api,
+                "proxy": self._view.proxy,
+                "api": self._view.api,
             }
         )
-
-    def _choose_service(self) -> str:
-        offered = self._member.ledger.services_online(trio.current_time())
-        return choose_service(self.config.service, offered)
-
-    # The control API's view (http/control_api.NodeView)
-
-    def _control_app(self) -> ASGIApp:
-        return control_api.build_app(
-            self, api_key=self.config.api_key, allowed_hosts=(self.config.api.host,)
-        )
-
-    def status(self) -> dict[str, object]:
-        now = trio.current_time()
-        gpu = self._gpu.latest
-        me = self._member.ledger.get(self.identity.peer_id)
-        offered = self._member.ledger.services_online(now)
-        only = offered[0] if len(offered) == 1 else None
-        return views.status_view(
-            views.NodeStatus(
-                peer_id=self.identity.peer_id,
-                name=self.config.name,
-                version=__version__,
-                network=self.network,
-                fingerprint=self.fingerprint,
-                is_open=self.config.open,
-                state=self._member.announcer.state,
-                uptime=now - self._started_at,
-                addrs=self._mesh.addrs,
-                proxy=self._proxy,
-                api=self._api,
-                policy=self.config.policy,
-                service=self.config.service or (only if self._proxy else None),
-                target=self.config.target,
-                available_vram=gpu.available if gpu else None,
-                total_vram=gpu.total if gpu else None,
-                gpu_count=gpu.count if gpu else None,
-                own_in_flight=self._member.router.own_total,
-                peers_online=len(self._member.ledger.online(now)),
-                peers_known=len(self._member.ledger),
-                links=len(self._mesh.links()),
-                missing=self.readiness()[1],
-                services=me.node.services if me else (),
-            )
-        )
-
-    def peers(self) -> dict[str, object]:
-        return views.peers_view(
-            self._member.ledger.entries(),
-            self._member.router,
-            self._mesh.links(),
-            self_id=self.identity.peer_id,
-            now=trio.current_time(),
-        )
-
-    def decisions(self) -> dict[str, object]:
-        return views.decisions_view(self._member.router.decisions(), now=trio.current_time())
-
-    def explain(self, service: str | None, target: str | None) -> dict[str, object]:
-        now = trio.current_time()
-        decision = self._member.router.explain(
-            now=now,
-            wall_time=time.time(),
-            service_id=service or self._choose_service(),
-            target=target or self.config.target,
-        )
-        return views.decision_view(decision, now=now)
-
-    def readiness(self) -> tuple[bool, list[str]]:
-        missing = []
-        if not self._member.peering.joined.is_set():
-            missing.append("not joined: no bootstrap answered yet")
-        missing += [
-            f"service {service.name} at {service.host}:{service.port} does not accept connections"
-            for service in self.config.expose
-            if not self._member.services.is_healthy(service.name)
-        ]
-        return not missing, missing
-
-    def metrics(self) -> CollectorRegistry:
-        now = trio.current_time()
-        counts: dict[str, int] = dict.fromkeys(_STATES, 0)
-        for entry in self._member.ledger.entries():
-            counts[entry.state_at(now)] += 1
-        for state, count in counts.items():
-            self._metrics.peers.labels(state=state).set(count)
-        return self._metrics.registry
 
 
 async def run_node(config: Config, *, on_ready: OnReady) -> None:

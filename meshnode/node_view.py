@@ -1,0 +1,137 @@
+"""What one running node says of itself: the view behind its control API.
+
+It reads the parts that node.py built and changes none of them.
+"""
+
+from __future__ import annotations
+
+import time
+
+import trio
+from prometheus_client import CollectorRegistry
+
+from meshnode import __version__
+from meshnode.config import Config
+from meshnode.gpu.monitor import GpuMonitor
+from meshnode.http import views
+from meshnode.metrics import Metrics
+from meshnode.net.federation_entry import choose_service
+from meshnode.net.member import Member
+from meshnode.net.mesh import Mesh
+
+_STATES = ("up", "draining", "left", "offline")
+
+
+class LiveView:
+    """The live answers of one node; ``http.control_api.NodeView`` says what they are.
+
+    ``started_at``, ``proxy`` and ``api`` are set by the node once it has bound them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        network: str,
+        fingerprint: str,
+        member: Member,
+        mesh: Mesh,
+        gpu: GpuMonitor,
+        metrics: Metrics,
+    ) -> None:
+        self.started_at = 0.0  # seconds on this node's monotonic clock
+        self.proxy: str | None = None  # host:port
+        self.api = ""  # host:port
+        self._config = config
+        self._network = network
+        self._fingerprint = fingerprint
+        self._member = member
+        self._mesh = mesh
+        self._gpu = gpu
+        self._metrics = metrics
+
+    def choose_service(self) -> str:
+        """Return the service that requests get when they name none.
+
+        Raises:
+            NoCandidate: none is configured, and not exactly one is on offer.
+        """
+        offered = self._member.ledger.services_online(trio.current_time())
+        return choose_service(self._config.service, offered)
+
+    def status(self) -> dict[str, object]:
+        now = trio.current_time()
+        gpu = self._gpu.latest
+        config = self._config
+        me = self._member.ledger.get(self._mesh.peer_id)
+        offered = self._member.ledger.services_online(now)
+        only = offered[0] if len(offered) == 1 else None
+        return views.status_view(
+            views.NodeStatus(
+                peer_id=self._mesh.peer_id,
+                name=config.name,
+                version=__version__,
+                network=self._network,
+                fingerprint=self._fingerprint,
+                is_open=config.open,
+                state=self._member.announcer.state,
+                uptime=now - self.started_at,
+                addrs=self._mesh.addrs,
+                proxy=self.proxy,
+                api=self.api,
+                policy=config.policy,
+                service=config.service or (only if self.proxy else None),
+                target=config.target,
+                available_vram=gpu.available if gpu else None,
+                total_vram=gpu.total if gpu else None,
+                gpu_count=gpu.count if gpu else None,
+                own_in_flight=self._member.router.own_total,
+                peers_online=len(self._member.ledger.online(now)),
+                peers_known=len(self._member.ledger),
+                links=len(self._mesh.links()),
+                missing=self.readiness()[1],
+                services=me.node.services if me else (),
+            )
+        )
+
+    def peers(self) -> dict[str, object]:
+        return views.peers_view(
+            self._member.ledger.entries(),
+            self._member.router,
+            self._mesh.links(),
+            self_id=self._mesh.peer_id,
+            now=trio.current_time(),
+        )
+
+    def decisions(self) -> dict[str, object]:
+        return views.decisions_view(self._member.router.decisions(), now=trio.current_time())
+
+    def explain(self, service: str | None, target: str | None) -> dict[str, object]:
+        now = trio.current_time()
+        decision = self._member.router.explain(
+            now=now,
+            wall_time=time.time(),
+            service_id=service or self.choose_service(),
+            target=target or self._config.target,
+        )
+        return views.decision_view(decision, now=now)
+
+    def readiness(self) -> tuple[bool, list[str]]:
+        missing = []
+        if not self._member.peering.joined.is_set():
+            missing.append("not joined: no bootstrap answered yet")
+        missing += [
+            f"service {service.name} at {service.host}:{service.port} does not accept connections"
+            for service in self._config.expose
+            if not self._member.services.is_healthy(service.name)
+        ]
+        return not missing, missing
+
+    def metrics(self) -> CollectorRegistry:
+        now = trio.current_time()
+        counts: dict[str, int] = dict.fromkeys(_STATES, 0)
+        for entry in self._member.ledger.entries():
+            counts[entry.state_at(now)] += 1
+        for state, count in counts.items():
+            self._metrics.peers.labels(state=state).set(count)
+        return self._metrics.registry
