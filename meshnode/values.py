@@ -189,7 +189,11 @@ def parse_log_format(text: str) -> Literal["pretty", "json"]:
 
 
 def parse_multiaddr(text: str) -> str:
-    """Return a multiaddr that this program can speak: an IP address or DNS name, then TCP."""
+    """Return a multiaddr that this program can speak: an IP address or DNS name, then TCP.
+
+    ``/p2p/PEER_ID`` may follow, and after it ``/p2p-circuit/p2p/PEER_ID``: the first peer is then
+    the relay through which the second is reached.
+    """
     # Imported here because it takes longer than a whole --help may.
     from multiaddr import Multiaddr
     from multiaddr.exceptions import Error
@@ -208,9 +212,11 @@ def parse_multiaddr(text: str) -> str:
         raise ValueError(
             f"names no TCP address, the only kind spoken here; write it like {example}"
         )
-    if names[2:] not in ([], ["p2p"]):
+    if names[2:] not in ([], ["p2p"], ["p2p", "p2p-circuit", "p2p"]):
+        odd = next((name for name in names[2:] if name not in ("p2p", "p2p-circuit")), None)
         raise ValueError(
-            f"goes on after the TCP port with /{names[2]}; only /p2p/PEER_ID may follow"
+            f"goes on after the TCP port with /{odd or '/'.join(names[2:])}; only /p2p/PEER_ID may "
+            "follow, and after a relay's /p2p-circuit/p2p/PEER_ID"
         )
     return text
 

@@ -82,6 +82,11 @@ def test_an_unknown_variable_names_the_nearest_one():
     )
 
 
+def test_a_bootstrap_may_be_reached_through_a_relay():
+    addr = f"/ip4/1.2.3.4/tcp/4201/p2p/{PEER}/p2p-circuit/p2p/{PEER}"
+    assert resolved({"bootstrap": (addr,)}).bootstrap == (addr,)
+
+
 def test_a_variable_of_somebody_else_is_left_alone():
     assert resolved(env={"PATH": "/bin", "MESH": "x"}).sources["listen"] == "default"
 
@@ -96,6 +101,11 @@ def test_a_variable_of_somebody_else_is_left_alone():
         ({"listen": (f"/ip4/0.0.0.0/tcp/1/p2p/{PEER}",)}, "leave it off"),
         ({"bootstrap": ("/ip4/1.2.3.4/tcp/1",)}, "lacks the peer ID"),
         ({"bootstrap": ("/ip4/1.2.3.4/tcp/1/p2p/xyz",)}, "is no multiaddr"),
+        (
+            {"bootstrap": (f"/ip4/1.2.3.4/tcp/1/p2p/{PEER}/p2p-circuit",)},
+            "after a relay's /p2p-circuit/p2p/PEER_ID",
+        ),
+        ({"bootstrap": (f"/ip4/1.2.3.4/tcp/1/p2p/{PEER}/tcp/2",)}, "goes on after the TCP port"),
         ({"expose": ("ollama",)}, "expose=ollama from flag --expose is no NAME=HOST:PORT"),
         ({"expose": ("a=1.2.3.4:0",)}, "port 0"),
         ({"expose": ("a b=1.2.3.4:1",)}, "is no service name"),

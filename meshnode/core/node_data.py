@@ -82,6 +82,8 @@ class NodeData(WireModel):
     state: State = Field(default="up", alias="State")
     online_window: Uint64 = Field(default=int(NODE_ONLINE_WINDOW), alias="OnlineWindow")  # seconds
     version: Text64 = Field(default="", alias="Version")
+    # Whether it carries connections for members that can only dial out.
+    relay: bool = Field(default=False, alias="Relay")
 
     @property
     def window_s(self) -> float:

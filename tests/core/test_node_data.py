@@ -32,6 +32,7 @@ FULL = NodeData(
     state="draining",
     online_window=60,
     version="1.2.3",
+    relay=True,
 )
 
 text = st.text(

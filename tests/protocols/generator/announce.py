@@ -35,6 +35,15 @@ USUAL = NodeData(
     seq=1_767_225_600_007,
     version="0.1.0",
 )
+BEHIND_NAT = USUAL.model_copy(
+    update={
+        "addrs": (
+            f"/ip4/192.168.1.20/tcp/4201/p2p/{A}",
+            f"/ip4/198.51.100.7/tcp/4201/p2p/{B}/p2p-circuit/p2p/{A}",
+        )
+    }
+)
+RELAY = NodeData(id=B, seq=1, addrs=(f"/ip4/198.51.100.7/tcp/4201/p2p/{B}",), relay=True)
 LEAVING = USUAL.model_copy(update={"seq": USUAL.seq + 1, "state": "leaving"})
 EXTREME = NodeData(
     id="x" * 128,
@@ -63,6 +72,8 @@ def files() -> dict[str, object]:
                     ("only what is required, defaults written out", MINIMAL),
                     ("a usual GPU host", USUAL),
                     ("a node that leaves", LEAVING),
+                    ("a node that is reached through a relay", BEHIND_NAT),
+                    ("a relay", RELAY),
                     ("every value at its limit", EXTREME),
                 ]
             ],
