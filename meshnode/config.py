@@ -108,12 +108,14 @@ def resolve(
     host_name: str = "meshnode",
     platform_state_dir: str = "",
     read_text: Callable[[str], str] | None = None,
+    must_hold: bool = True,
 ) -> Config:
     """Return the Config that these sources make together.
 
     ``flags`` maps field names to what stood on the command line; None means not given. ``env`` is
     the whole environment. ``file`` is the parsed TOML file at ``file_path``. ``read_text`` reads
-    the token and key files, and may raise OSError or UnicodeDecodeError.
+    the token and key files, and may raise OSError or UnicodeDecodeError. Without ``must_hold``
+    each value is read, but not whether they make sense together (see ``check_together``).
 
     Raises:
         ConfigError: a value, a key or a combination is wrong; the text names its source.
@@ -153,7 +155,8 @@ def resolve(
         sources=read.sources,
         warnings=_warnings(read),
     )
-    _check_together(config)
+    if must_hold:
+        check_together(config)
     return config
 
 
@@ -386,7 +389,13 @@ def _warnings(read: _Reader) -> tuple[str, ...]:
     )
 
 
-def _check_together(config: Config) -> None:
+def check_together(config: Config) -> None:
+    """Check what only makes sense together.
+
+    Raises:
+        ConfigError: two settings contradict each other; the text names both sources.
+        TokenInvalid: there is no token, and the mesh was not said to be open.
+    """
     _check_times(config)
     _check_entry(config)
     _check_belonging(config)

@@ -231,13 +231,7 @@ def _belonging(config: Config) -> tuple[str, tuple[bytes, ...], tuple[str, ...]]
     if config.open:
         network = config.network or "open"
         return network, (tokens.open_network_key(network),), config.bootstrap
-    parsed = [tokens.decode(text) for text in config.token_texts]
-    networks = {token.network for token in parsed}
-    if len(networks) != 1:
-        raise ConfigError(
-            f"the tokens are of several networks ({', '.join(sorted(networks))}); "
-            "keep those of one network in the file"
-        )
+    parsed = tokens.decode_all(config.token_texts)
     told = (addr for token in parsed for addr in token.bootstraps)
     bootstraps = tuple(dict.fromkeys((*config.bootstrap, *told)))
     return parsed[0].network, tuple(token.key for token in parsed), bootstraps

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from meshnode import __version__
-from meshnode.cli import demo, gpus, queries, swarm, token, up
+from meshnode.cli import demo, doctor, gpus, queries, settings, swarm, token, up
 
 _COMPLETION_VARIABLE = "_MESHNODE_COMPLETE"
 
@@ -38,12 +38,17 @@ def build_app(argv: Sequence[str]) -> typer.Typer:
     app.command("peers")(queries.peers)
     app.command("explain")(queries.explain)
     app.command("gpus")(gpus.gpus)
+    app.command("doctor", context_settings=settings.FLAGS_OF_UP)(doctor.doctor)
     app.command("demo")(demo.demo)
     app.command("swarm")(swarm.swarm)
     tokens = _group(bare=completing or len(argv) < 2 or argv[1].startswith("-"), nested=True)
     tokens.command("new")(token.new)
     tokens.command("show")(token.show)
     app.add_typer(tokens, name="token", help="Make a token, or see what one says.")
+    configs = _group(bare=completing or len(argv) < 2 or argv[1].startswith("-"), nested=True)
+    configs.command("show", context_settings=settings.FLAGS_OF_UP)(settings.show)
+    configs.command("check", context_settings=settings.FLAGS_OF_UP)(settings.check)
+    app.add_typer(configs, name="config", help="See what the settings are, and if they hold.")
     return app
 
 

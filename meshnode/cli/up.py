@@ -111,8 +111,12 @@ def flags_of(params: Mapping[str, object]) -> dict[str, object]:
     return {name.rstrip("_"): value for name, value in params.items() if name != "config"}
 
 
-def read_settings(flags: Mapping[str, object], config_path: str | None) -> Config:
+def read_settings(
+    flags: Mapping[str, object], config_path: str | None, *, must_hold: bool = True
+) -> Config:
     """Return the Config of flags, this process's environment, and the TOML file.
+
+    Arguments and errors are those of ``config.resolve``.
 
     Raises:
         ConfigError: one of them is wrong.
@@ -132,6 +136,7 @@ def read_settings(flags: Mapping[str, object], config_path: str | None) -> Confi
         host_name=socket.gethostname(),
         platform_state_dir=platformdirs.user_state_dir("meshnode"),
         read_text=_read_secret,
+        must_hold=must_hold,
     )
 
 

@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import hmac
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydantic import Field
@@ -93,6 +94,22 @@ def decode(text: str) -> Token:
             "make a new one with: meshnode token new"
         ) from exc
     return Token(fields.network, fields.key, fields.bootstraps)
+
+
+def decode_all(texts: Sequence[str]) -> tuple[Token, ...]:
+    """Return what several tokens of one network say, in their order: the first is the newest.
+
+    Raises:
+        TokenInvalid: one of them is no token, or they are of several networks.
+    """
+    found = tuple(decode(text) for text in texts)
+    networks = sorted({token.network for token in found})
+    if len(networks) > 1:
+        raise TokenInvalid(
+            f"the tokens are of several networks ({', '.join(networks)}); "
+            "keep those of one network in the file"
+        )
+    return found
 
 
 def new_token(network: str, bootstraps: tuple[str, ...], random_bytes: bytes) -> Token:

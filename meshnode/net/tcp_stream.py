@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 
@@ -66,4 +67,13 @@ async def connect_tcp(host: str, port: int, *, timeout: float) -> TcpStream:
     except trio.TooSlowError as exc:
         raise PeerUnreachable(f"{host}:{port} did not accept within {timeout:g} s") from exc
     except OSError as exc:
-        raise PeerUnreachable(f"{host}:{port} can't be reached: {exc.__cause__ or exc}") from exc
+        raise PeerUnreachable(f"{host}:{port} can't be reached: {_reason(exc)}") from exc
+
+
+def _reason(error: OSError) -> str:
+    """Return why connecting failed; where a name has several addresses, why the first did."""
+    cause: BaseException = error.__cause__ or error
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    number = cause.errno if isinstance(cause, OSError) else None
+    return os.strerror(number) if number else str(cause)

@@ -21,6 +21,9 @@ VERBS = [
     ["peers"],
     ["explain"],
     ["gpus"],
+    ["doctor"],
+    ["config"],
+    ["config", "show"],
     ["demo"],
 ]
 HEAVY = ("trio", "libp2p", "pydantic", "structlog", "rich", "starlette", "http.client")

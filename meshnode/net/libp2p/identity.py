@@ -39,13 +39,14 @@ def load_or_create_identity(path: Path) -> Identity:
         OSError: the file can't be read or made.
     """
     try:
-        return _load(path)
+        return load_identity_file(path)
     except FileNotFoundError:
         _create(path)
-    return _load(path)
+    return load_identity_file(path)
 
 
-def _load(path: Path) -> Identity:
+def load_identity_file(path: Path) -> Identity:
+    """Return the identity kept in ``path``. Raises as ``load_or_create_identity``."""
     try:
         key_pair = load_identity(path)
     except ValueError as exc:
