@@ -13,7 +13,10 @@
     │   ├── StreamReset         a stream or its connection was cut: what was read is not whole
     │   └── StreamClosed        our own bug or shutdown: the stream was already closed here
     ├── NoCandidate             nobody can serve the request (exit 4)
-    │   └── UnknownModel        nobody has the model that it names; ``near`` lists like names
+    │   ├── UnknownModel        nobody has the model that it names; ``near`` lists like names
+    │   ├── AllFull             those who could are all full just now: wait, or come back
+    │   │   └── RetriesSpent    too much is retried already: wait, or say why it failed
+    │   └── Overloaded          no place in the waiting room, or none came free in time (HTTP 503)
     ├── ParseError              a client's request can't be understood (HTTP 400)
     ├── GpuReadError            free VRAM can't be read; ``code`` says why
     └── NodeNotRunning          no control API answers (exit 3)
@@ -98,6 +101,25 @@ class UnknownModel(NoCandidate):
         super().__init__(message)
         self.model = model
         self.near = near
+
+
+class AllFull(NoCandidate):
+    """Peers could serve the request, but all of them have as many as they take just now."""
+
+
+class RetriesSpent(AllFull):
+    """So many requests are being retried already that one more would feed a storm."""
+
+
+class Overloaded(NoCandidate):
+    """All were full for too long, or too many wait already.
+
+    ``retry_after`` is the number of whole seconds after which asking again may help.
+    """
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ParseError(MeshnodeError):

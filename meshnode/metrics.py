@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 _OPEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # A first token takes tens of milliseconds warm, and minutes behind a queue.
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+# A place comes free in milliseconds under short requests, and in a minute behind long answers.
+_WAIT_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0)
 _LAG_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 
@@ -86,6 +88,23 @@ class Metrics:
             "meshnode_ejections_total",
             "Peers taken out of the candidates, by reason",
             ["reason"],
+            registry=registry,
+        )
+        self.queue_length = Gauge(
+            "meshnode_queue_length",
+            "Requests that wait because every peer that could serve them is full",
+            registry=registry,
+        )
+        self.queue_wait_seconds = Histogram(
+            "meshnode_queue_wait_seconds",
+            "How long requests waited for a peer that was not full, however it ended",
+            ["outcome"],  # served, timeout, unserved (nobody could serve any more), gone
+            buckets=_WAIT_BUCKETS,
+            registry=registry,
+        )
+        self.queue_refused = Counter(
+            "meshnode_queue_refused_total",
+            "Requests turned away at once because too many waited already",
             registry=registry,
         )
         self.gpu_read_errors = Counter(
