@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry
 
 from meshnode import __version__
 from meshnode.config import Config
+from meshnode.core.ledger import LedgerEntry
+from meshnode.errors import PeerUnreachable
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.http import views
 from meshnode.metrics import Metrics
@@ -19,6 +21,8 @@ from meshnode.net.federation_entry import choose_service
 from meshnode.net.member import Member
 from meshnode.net.mesh import Mesh
 
+# Below what a client of the control API waits for an answer.
+_PING_LIMIT = 4.0  # seconds
 _STATES = ("up", "draining", "left", "offline")
 
 
@@ -115,6 +119,31 @@ class LiveView:
             target=target or self._config.target,
         )
         return views.decision_view(decision, now=now)
+
+    async def ping(self, peer: str) -> dict[str, object]:
+        entry = self._find(peer)
+        with trio.move_on_after(_PING_LIMIT):
+            await self._member.peering.connect(entry.peer_id, timeout=_PING_LIMIT)
+            rtt = await self._mesh.ping(entry.peer_id, timeout=_PING_LIMIT)
+            return {
+                "peer_id": entry.peer_id,
+                "name": entry.node.name,
+                "rtt_ms": round(rtt * 1000, 3),
+            }
+        raise PeerUnreachable(f"{entry.node.name} did not answer within {_PING_LIMIT:g} s")
+
+    def _find(self, peer: str) -> LedgerEntry:
+        ledger = self._member.ledger
+        found = ledger.get(peer)
+        named = [found] if found else [e for e in ledger.entries() if e.node.name == peer]
+        if len(named) != 1:
+            how_many = f"{len(named)} nodes are" if named else "no node is"
+            raise PeerUnreachable(
+                f"{how_many} called {peer!r}; see meshnode peers, and give the peer ID"
+            )
+        if named[0].peer_id == self._mesh.peer_id:
+            raise PeerUnreachable(f"{peer!r} is this node itself")
+        return named[0]
 
     def readiness(self) -> tuple[bool, list[str]]:
         missing = []

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from meshnode import __version__
-from meshnode.cli import demo, doctor, gpus, queries, settings, swarm, token, up
+from meshnode.cli import demo, doctor, gpus, ping, queries, settings, swarm, token, top, up
 
 _COMPLETION_VARIABLE = "_MESHNODE_COMPLETE"
 
@@ -37,6 +37,8 @@ def build_app(argv: Sequence[str]) -> typer.Typer:
     app.command("status")(queries.status)
     app.command("peers")(queries.peers)
     app.command("explain")(queries.explain)
+    app.command("top")(top.top)
+    app.command("ping")(ping.ping)
     app.command("gpus")(gpus.gpus)
     app.command("doctor", context_settings=settings.FLAGS_OF_UP)(doctor.doctor)
     app.command("demo")(demo.demo)

@@ -28,7 +28,7 @@ KeyOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _WATCH_INTERVAL = 1.0  # seconds
-_PEER_COLUMNS = (
+PEER_COLUMNS = (
     *("NAME", "PEER ID", "STATE", ">SEEN", ">FREE VRAM", ">TOTAL", ">IN FLIGHT"),
     *("SERVICES", "MODELS", ">RTT"),
 )
@@ -72,7 +72,7 @@ def peers(
     if as_json:
         print_json(body)
     else:
-        print_table(_PEER_COLUMNS, _peer_rows(body))
+        print_table(PEER_COLUMNS, peer_rows(body))
 
 
 def explain(
@@ -107,7 +107,7 @@ def candidate_rows(decision: Mapping[str, object]) -> list[tuple[object, ...]]:
             short_id(row["peer_id"]),
             row.get("in_flight"),
             _size(row.get("available_vram")),
-            _age(row.get("last_used_s")),
+            age(row.get("last_used_s")),
             row.get("excluded"),
         )
         for row in maps(decision.get("candidates"))
@@ -137,18 +137,19 @@ def _watch_peers(api: Api, as_json: bool) -> None:
     if as_json or not sys.stdout.isatty():
         while True:
             body = ask(api, "/api/peers")
-            print_json(body) if as_json else print_table(_PEER_COLUMNS, _peer_rows(body))
+            print_json(body) if as_json else print_table(PEER_COLUMNS, peer_rows(body))
             time.sleep(_WATCH_INTERVAL)
     from rich.live import Live
 
     with Live(console=console(), auto_refresh=False) as live:
         while True:
             body = ask(api, "/api/peers")
-            live.update(table(_PEER_COLUMNS, _peer_rows(body)), refresh=True)
+            live.update(table(PEER_COLUMNS, peer_rows(body)), refresh=True)
             time.sleep(_WATCH_INTERVAL)
 
 
-def _peer_rows(body: Mapping[str, object]) -> list[tuple[object, ...]]:
+def peer_rows(body: Mapping[str, object]) -> list[tuple[object, ...]]:
+    """Return one row for each node of ``/api/peers``, under ``PEER_COLUMNS``."""
     rows: list[tuple[object, ...]] = []
     for peer in maps(body.get("peers")):
         services = maps(peer.get("services"))
@@ -159,7 +160,7 @@ def _peer_rows(body: Mapping[str, object]) -> list[tuple[object, ...]]:
                 f"{peer.get('name') or '-'}{' (here)' if is_self else ''}",
                 short_id(peer.get("peer_id")),
                 peer.get("state"),
-                _age(peer.get("last_seen_s")),
+                age(peer.get("last_seen_s")),
                 _size(peer.get("available_vram")),
                 _size(peer.get("total_vram")),
                 peer.get("in_flight"),
@@ -188,7 +189,7 @@ def _status_lines(body: Mapping[str, object]) -> list[tuple[str, object]]:
         ("in flight", body.get("own_in_flight")),
         ("peers", f"{body.get('peers_online')} online, {body.get('peers_known')} known"),
         ("links", body.get("links")),
-        ("uptime", _age(body.get("uptime_s"))),
+        ("uptime", age(body.get("uptime_s"))),
         ("version", body.get("version")),
     ]
 
@@ -206,7 +207,8 @@ def _milliseconds(value: object) -> str:
     return f"{value:.1f} ms" if isinstance(value, (int, float)) else "-"
 
 
-def _age(value: object) -> str:
+def age(value: object) -> str:
+    """Return seconds as people read them: ``3.2 s``, ``5 m``; ``-`` for unknown."""
     if not isinstance(value, (int, float)):
         return "-"
     for unit, seconds in (("d", 86_400), ("h", 3600), ("m", 60)):

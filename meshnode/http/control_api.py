@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -22,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from meshnode.errors import MeshnodeError, NoCandidate
+from meshnode.errors import MeshnodeError, NoCandidate, PeerUnreachable
 
 SCHEMA_VERSION = 1
 
@@ -36,7 +37,7 @@ Json = Mapping[str, object]
 
 
 class NodeView(Protocol):
-    """What the control API needs of a node. Every call is quick and reads only."""
+    """What the control API needs of a node. Every call reads only, and all but ping at once."""
 
     def status(self) -> Json: ...
 
@@ -49,6 +50,14 @@ class NodeView(Protocol):
 
         Raises:
             NoCandidate: nobody would.
+        """
+        ...
+
+    async def ping(self, peer: str) -> Json:
+        """Return one round trip to a peer, named by peer ID or by name.
+
+        Raises:
+            PeerUnreachable: nobody is called that, or it can't be reached.
         """
         ...
 
@@ -79,12 +88,14 @@ def build_app(
         "/api/peers": _page(lambda request: _json(view.peers())),
         "/api/decisions": _page(lambda request: _json(view.decisions())),
         "/api/explain": _page(lambda request: _explain(view, request)),
+        "/api/ping": partial(_ping, view),
     }
     app = Starlette(
         routes=[Route(path, page, methods=["GET"]) for path, page in pages.items()],
         exception_handlers={
             HTTPException: _on_http_error,
             MeshnodeError: _on_mesh_error,
+            _BadParameter: _on_bad_parameter,
             Exception: _on_bug,
         },
     )
@@ -184,19 +195,47 @@ def _metrics(view: NodeView, request: Request) -> Response:
 
 
 def _explain(view: NodeView, request: Request) -> Response:
-    chosen: dict[str, str | None] = {"service": None, "target": None}
+    chosen = _parameters(request, "service", "target")
+    return _json(view.explain(chosen.get("service"), chosen.get("target")))
+
+
+async def _ping(view: NodeView, request: Request) -> Response:
+    peer = _parameters(request, "peer").get("peer")
+    if peer is None:
+        raise _BadParameter("peer", "missing_parameter", "say whom: peer=PEER_ID_OR_NAME")
+    return _json(await view.ping(peer))
+
+
+class _BadParameter(Exception):
+    """A query parameter that nobody asked for, or with a value that can't be."""
+
+    def __init__(self, name: str, code: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+        self.code = code
+
+
+def _parameters(request: Request, *known: str) -> dict[str, str]:
+    """Return the query's parameters that have a value.
+
+    Raises:
+        _BadParameter: one is not known, or longer than any name.
+    """
+    chosen: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
-        if name not in chosen:
-            return error_response(
-                400,
-                "unknown_parameter",
-                f"no such parameter; these are: {', '.join(chosen)}",
-                param=name,
-            )
+        if name not in known:
+            message = f"no such parameter; these are: {', '.join(known)}"
+            raise _BadParameter(name, "unknown_parameter", message)
         if len(value) > _MAX_PARAMETER:
-            return error_response(400, "too_long", "the value is too long", param=name)
-        chosen[name] = value or None
-    return _json(view.explain(chosen["service"], chosen["target"]))
+            raise _BadParameter(name, "too_long", "the value is too long")
+        if value:
+            chosen[name] = value
+    return chosen
+
+
+async def _on_bad_parameter(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, _BadParameter)
+    return error_response(400, exc.code, str(exc), param=exc.name)
 
 
 async def _on_http_error(request: Request, exc: Exception) -> Response:
@@ -212,6 +251,8 @@ async def _on_http_error(request: Request, exc: Exception) -> Response:
 async def _on_mesh_error(request: Request, exc: Exception) -> Response:
     if isinstance(exc, NoCandidate):
         return error_response(503, "no_candidate", str(exc))
+    if isinstance(exc, PeerUnreachable):
+        return error_response(504, "peer_unreachable", str(exc))
     return error_response(500, "node_error", str(exc))
 
 

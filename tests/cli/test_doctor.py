@@ -13,13 +13,6 @@ from support.cluster import Cluster
 PEER = "12D3KooWQYhTNQdmr3ArTeUHRYzFg94BKyTkoWBDWez9kSCVe2Xo"
 
 
-@pytest.fixture
-def cluster(tmp_path):
-    made = Cluster(tmp_path)
-    yield made
-    made.close()
-
-
 def examined(cluster: Cluster, *flags: str, token: str | None = None) -> dict[str, dict]:
     """The findings of one run, the worst of each check's."""
     done = cluster.run(

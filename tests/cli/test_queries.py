@@ -9,7 +9,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from meshnode.cli import run
-from meshnode.errors import NoCandidate
+from meshnode.errors import NoCandidate, PeerUnreachable
 from meshnode.http.control_api import build_app
 from meshnode.http.server import bind, serve_forever
 
@@ -57,6 +57,11 @@ class SomeNode:
         tier = "random" if service == "random" else "in_flight"
         return {"service_id": service, "picked": picked, "tier": tier, "candidates": rows}
 
+    async def ping(self, peer):
+        if peer == "nobody":
+            raise PeerUnreachable("no node is called 'nobody'; see meshnode peers")
+        return {"peer_id": OTHER, "name": peer, "rtt_ms": 1.5}
+
     def readiness(self):
         return True, []
 
@@ -83,7 +88,7 @@ async def meshnode(*argv: str) -> int:
         return await trio.to_thread.run_sync(run, argv)
 
 
-@pytest.mark.parametrize("verb", ["status", "peers", "explain"])
+@pytest.mark.parametrize("verb", ["status", "peers", "explain", "top"])
 async def test_every_query_prints_json_with_its_schema_version(api, verb, capsys):
     assert await meshnode(verb, "--api", api, "--json") == 0
     out, err = capsys.readouterr()
@@ -125,12 +130,39 @@ async def test_a_service_that_nobody_offers_ends_with_4(api, capsys):
     assert capsys.readouterr().err == "error: nobody offers none\n"
 
 
+async def test_ping_prints_each_round_trip_and_a_summary(api, capsys):
+    assert await meshnode("ping", "gpu2", "--count", "2", "--interval", "0", "--api", api) == 0
+    out, err = capsys.readouterr()
+    assert out == f"gpu2 {OTHER}: 1.500 ms\n" * 2
+    assert "2 of 2 came back; min 1.500, median 1.500, max 1.500 ms" in err
+
+
+async def test_ping_in_json_is_one_line_for_each_round_trip(api, capsys):
+    assert await meshnode("ping", "gpu2", "-c", "2", "--interval", "0", "--api", api, "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["rtt_ms"] for line in lines] == [1.5, 1.5]
+
+
+async def test_a_ping_of_nobody_ends_with_1(api, capsys):
+    assert await meshnode("ping", "nobody", "-c", "1", "--api", api) == 1
+    out, err = capsys.readouterr()
+    assert "no node is called" in out
+    assert "none of 1 round trips to nobody came back" in err
+
+
+async def test_top_piped_is_shown_once(api, capsys):
+    assert await meshnode("top", "--api", api) == 0
+    out = capsys.readouterr().out
+    assert "gpu1: up, 1 online" in out
+    assert "24.0 GiB" in out and "PICKED; WHY" in out
+
+
 async def test_the_environment_says_where_to_ask(api, monkeypatch, capsys):
     monkeypatch.setenv("MESHNODE_API", api)
     assert await meshnode("status", "--json") == 0
 
 
-@pytest.mark.parametrize("verb", ["status", "peers", "explain"])
+@pytest.mark.parametrize("verb", ["status", "peers", "explain", "top"])
 def test_without_a_node_it_ends_with_3_and_says_what_to_do(verb, capsys):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

@@ -1,21 +1,13 @@
-"""A cluster and plain backends for each test, cleaned up on every way out."""
+"""Plain backends for each test, cleaned up on every way out."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from support.cluster import Backend, Cluster
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path)
-    yield cluster
-    cluster.close()
+from support.cluster import Backend
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import trio
 from prometheus_client import CollectorRegistry, Gauge
 
-from meshnode.errors import ListenFailed, NoCandidate
+from meshnode.errors import ListenFailed, NoCandidate, PeerUnreachable
 from meshnode.http.control_api import build_app
 from meshnode.http.server import bind, serve_forever
 
@@ -28,6 +28,11 @@ class SomeNode:
         if service == "bug":
             raise ZeroDivisionError("oops")
         return {"service_id": service, "target": target}
+
+    async def ping(self, peer):
+        if peer == "gone":
+            raise PeerUnreachable("gone did not answer within 4 s")
+        return {"peer_id": peer, "rtt_ms": 0.5}
 
     def readiness(self):
         return self.ready, [] if self.ready else ["no peer yet"]
@@ -94,6 +99,9 @@ async def test_explain_takes_service_and_target(api):
         ("GET", "/api/explain?service=" + "x" * 300, 400, "too_long", "service"),
         ("GET", "/api/explain?service=none", 503, "no_candidate", None),
         ("GET", "/api/explain?service=bug", 500, "internal_error", None),
+        ("GET", "/api/ping", 400, "missing_parameter", "peer"),
+        ("GET", "/api/ping?peer=gone", 504, "peer_unreachable", None),
+        ("GET", "/api/ping?count=9", 400, "unknown_parameter", "count"),
     ],
 )
 async def test_every_error_is_json(api, method, path, status, code, param):
