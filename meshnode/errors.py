@@ -19,6 +19,7 @@
     │   └── Overloaded          no place in the waiting room, or none came free in time (HTTP 503)
     ├── ParseError              a client's request can't be understood (HTTP 400)
     ├── GpuReadError            free VRAM can't be read; ``code`` says why
+    ├── StateDamaged            a file that can be lost is not what it should be: set it aside
     └── NodeNotRunning          no control API answers (exit 3)
 
 Foreign exceptions are translated once, at the seam where they arise, with ``from``.
@@ -136,6 +137,10 @@ class GpuReadError(MeshnodeError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class StateDamaged(MeshnodeError):
+    """A file of the state folder that can be lost is not what it should be; set it aside."""
 
 
 class NodeNotRunning(MeshnodeError):

@@ -32,6 +32,7 @@ from meshnode.net.libp2p.identity import Identity, load_or_create_identity
 from meshnode.net.local_services import LocalService
 from meshnode.net.mdns import Mdns
 from meshnode.net.member import Member, MemberSettings
+from meshnode.net.peer_file import FILE_NAME, PeerFile
 from meshnode.node_view import LiveView
 
 # A first announcement should carry the free memory; a driver slower than this is not waited for.
@@ -65,6 +66,8 @@ class Node:
             keys=keys,
             metrics=metrics,
         )
+        self._peer_file = PeerFile(Path(config.state_dir) / FILE_NAME, self.network)
+        self._peer_file.load()
         rng = random.Random()
         self._member = member = Member(
             self._mesh,
@@ -82,6 +85,7 @@ class Node:
             rng=rng,
             metrics=metrics,
             wall_time=time.time,
+            known=self._peer_file.known,
         )
         self._discoveries = [
             Mdns(
@@ -160,6 +164,7 @@ class Node:
         with trio.move_on_after(_FIRST_READING):
             await first_reading.wait()
         parts.start_soon(self._member.run_forever)
+        parts.start_soon(self._peer_file.save_forever)
         for discovery in self._discoveries:
             await parts.start(discovery.run_forever)
         parts.start_soon(self._measure_lag_forever)

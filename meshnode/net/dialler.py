@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import trio
 
+from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
 from meshnode.errors import ConfigError, MeshError, PeerUnreachable, TokenRefused
 from meshnode.net.mesh import Mesh
@@ -52,11 +53,12 @@ class _Failures:
 
 
 class Dialler:
-    """Connects to peers of the ledger by whichever of their addresses works."""
+    """Connects to peers by whichever of their addresses works."""
 
-    def __init__(self, mesh: Mesh, ledger: Ledger, rng: Rng) -> None:
+    def __init__(self, mesh: Mesh, ledger: Ledger, known: KnownPeers, rng: Rng) -> None:
         self._mesh = mesh
         self._ledger = ledger
+        self._known = known
         self._rng = rng
         self._slots = trio.CapacityLimiter(MAX_DIALS)
         self._under_way: dict[str, trio.Event] = {}
@@ -73,17 +75,22 @@ class Dialler:
         return peer_id not in self._under_way and (failures is None or now >= failures.not_before)
 
     def addrs_of(self, peer_id: str) -> tuple[str, ...]:
-        """Return where the peer says it can be dialled, the address that worked last first."""
-        entry = self._ledger.get(peer_id)
-        suffix = f"/p2p/{peer_id}"
-        told = entry.node.addrs if entry is not None else ()
-        addrs = [addr if "/p2p/" in addr else addr + suffix for addr in told]
+        """Return where the peer can be dialled, the address most likely to work first.
+
+        That is the one that worked last; one that worked in an earlier life and that the peer
+        still tells; the others that it tells; where it was found; where it was known to be.
+        """
+        known = self._known.addrs_of(peer_id)
+        told = sorted(self._told_by(peer_id), key=lambda addr: addr not in known)
         # Signed ones first: anybody on the local network can make up where a peer may be found.
-        addrs += self._found.get(peer_id, ())
-        addrs = [addr for addr in addrs if addr.endswith(suffix)]
-        if (worked := self._worked.get(peer_id)) is not None:
-            addrs.insert(0, worked)
-        return tuple(dict.fromkeys(addrs))
+        addrs = (*self._worked_for(peer_id), *told, *self._found.get(peer_id, ()), *known)
+        return tuple(dict.fromkeys(a for a in addrs if a.endswith(f"/p2p/{peer_id}")))
+
+    def note_addrs(self, peer_id: str) -> None:
+        """Keep for later lives where a peer that is linked now can be dialled."""
+        addrs = (*self._worked_for(peer_id), *self._told_by(peer_id))
+        if addrs:
+            self._known.note(peer_id, addrs)
 
     def learn(self, peer_id: str, addrs: tuple[str, ...]) -> None:
         """Remember where a peer was found, the best address first, and forget what was before."""
@@ -167,3 +174,12 @@ class Dialler:
         if len(self._worked) >= _MAX_REMEMBERED and peer_id not in self._worked:
             self._worked.pop(next(iter(self._worked)))
         self._worked[peer_id] = addr
+        self.note_addrs(peer_id)
+
+    def _worked_for(self, peer_id: str) -> tuple[str, ...]:
+        return (self._worked[peer_id],) if peer_id in self._worked else ()
+
+    def _told_by(self, peer_id: str) -> tuple[str, ...]:
+        entry = self._ledger.get(peer_id)
+        told = entry.node.addrs if entry is not None else ()
+        return tuple(addr if "/p2p/" in addr else f"{addr}/p2p/{peer_id}" for addr in told)

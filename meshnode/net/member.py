@@ -14,6 +14,7 @@ from typing import Protocol
 import trio
 
 from meshnode.core import budget
+from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
 from meshnode.core.node_data import MAX_ADDRS, NODE_ONLINE_WINDOW, NodeData, ServiceData, State
 from meshnode.core.router import Policy, Router
@@ -64,6 +65,7 @@ class Member:
         rng: dice for jitter, for whom to dial, and for the "random" policy.
         wall_time: Unix seconds, for display and for the first Seq, so that it rises across
             restarts; a clock set back is made good by what others still relay.
+        known: peers of earlier lives, with which it comes back though every bootstrap is gone.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Member:
         rng: Rng,
         metrics: Metrics,
         wall_time: Callable[[], float],
+        known: KnownPeers | None = None,
     ) -> None:
         self._mesh = mesh
         self._settings = settings
@@ -106,6 +109,7 @@ class Member:
             forget_load=self.router.forget,
             rng=rng,
             metrics=metrics,
+            known=known,
         )
         self.services = LocalServices(
             settings.services, metrics=metrics, on_change=self.announcer.changed

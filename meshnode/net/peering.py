@@ -12,6 +12,7 @@ from contextlib import suppress
 import structlog
 import trio
 
+from meshnode.core.known_peers import MAX_KNOWN_PEERS, KnownPeers
 from meshnode.core.ledger import Ledger, LedgerEntry
 from meshnode.errors import MeshError, PeerUnreachable, TokenRefused
 from meshnode.metrics import Metrics
@@ -35,6 +36,12 @@ _NEXT_EXCHANGE = (45.0, 75.0)
 _REUNITE_INTERVAL = (3.0, 5.0)
 _REUNITE_AT_ONCE = 3
 _REUNITE_WITHIN = 3600.0  # seconds since the last life sign
+# Of those known from earlier lives, whom to dial while alone: the latest are likeliest to be there,
+# and few at a time leave room for bootstraps.
+_RECALL_AT_ONCE = 4
+_RECALL_AMONG = 16
+# Where linked peers can be dialled is looked up this often, once they had time to announce it.
+_NOTE_INTERVAL = 5.0  # seconds
 # Peers found on the local network that wait to be dialled; more come again with their next answer.
 _MAX_FOUND_WAITING = 64
 # Strangers whose refusal was logged; enough not to fill a log with one misconfigured rack.
@@ -49,6 +56,7 @@ class Peering:
     Args:
         bootstraps: multiaddrs that end in ``/p2p/<peer ID>``; this node's own is skipped.
         forget_load: told the peer ID of who was taken out of the candidates.
+        known: peers of earlier lives, dialled while nobody is linked; kept up to date.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class Peering:
         forget_load: Callable[[str], None],
         rng: Rng,
         metrics: Metrics,
+        known: KnownPeers | None = None,
         min_links: int = MIN_LINKS,
         all_links_up_to: int = ALL_LINKS_UP_TO,
     ) -> None:
@@ -74,7 +83,8 @@ class Peering:
         self._bootstraps = tuple(
             addr for addr in dict.fromkeys(bootstraps) if not addr.endswith(f"/p2p/{mesh.peer_id}")
         )
-        self._dialler = Dialler(mesh, ledger, rng)
+        self._known = known if known is not None else KnownPeers()
+        self._dialler = Dialler(mesh, ledger, self._known, rng)
         self._liveness = Liveness(
             mesh, ledger, self._dialler, forget_load=forget_load, metrics=metrics
         )
@@ -102,6 +112,8 @@ class Peering:
             self._nursery.start_soon(self._follow_links_forever)
             self._nursery.start_soon(self._fill_links_forever)
             self._nursery.start_soon(self._reunite_forever)
+            self._nursery.start_soon(self._recall_forever)
+            self._nursery.start_soon(self._note_links_forever)
             self._nursery.start_soon(self._dial_found_forever)
             self._nursery.start_soon(self._exchange_ledgers_forever)
             self._nursery.start_soon(self._liveness.keep_alive_forever)
@@ -239,6 +251,9 @@ class Peering:
             await trio.sleep(self._rng.uniform(0.5, 1.0) * _YIELD_FIRST)
         try:
             await self._dialler.connect(peer_id, timeout=DIAL_TIMEOUT)
+        except TokenRefused as exc:
+            self._known.forget(peer_id)  # it is of another network now
+            log.debug("dial_refused", peer_id=peer_id, error=str(exc))
         except MeshError as exc:
             log.debug("dial_failed", peer_id=peer_id, error=str(exc))
 
@@ -249,10 +264,14 @@ class Peering:
                 self._nursery.start_soon(self._try_to_connect, peer_id)
 
     async def _reunite_forever(self) -> None:
+        began = trio.current_time()
         while True:
             await trio.sleep(self._rng.uniform(*_REUNITE_INTERVAL))
             now = trio.current_time()
             lost = [e.peer_id for e in self._ledger.entries() if self._is_lost(e, now)]
+            if now - began < _REUNITE_WITHIN:
+                # After a power cut a mesh may come back in parts that have not met in this life.
+                lost += [p for p in self._unmet(now) if self._ledger.get(p) is None]
             for peer_id in self._rng.sample(lost, min(_REUNITE_AT_ONCE, len(lost))):
                 self._nursery.start_soon(self._try_to_connect, peer_id)
 
@@ -262,6 +281,43 @@ class Peering:
             and now - entry.last_seen < _REUNITE_WITHIN
             and not self._dialler.is_linked(entry.peer_id)
         )
+
+    # Earlier lives
+
+    async def _recall_forever(self) -> None:
+        """While nobody is linked, dial peers that were, so that no bootstrap is needed."""
+        tried: set[str] = set()
+        while True:
+            while self._mesh.links() or not self._known:
+                await self._links_changed.wait()
+                tried.clear()
+            unmet = self._unmet(trio.current_time())
+            # Each once before any again: the dead of last year must not hide who lives.
+            if not (latest := [p for p in unmet if p not in tried][:_RECALL_AMONG]):
+                tried.clear()
+            chosen = self._rng.sample(latest, min(_RECALL_AT_ONCE, len(latest)))
+            tried.update(chosen)
+            async with trio.open_nursery() as nursery:
+                for peer_id in chosen:
+                    nursery.start_soon(self._try_to_connect, peer_id)
+            await trio.sleep(self._rng.uniform(0.5, 1.0) * _FILL_INTERVAL)
+
+    def _unmet(self, now: float) -> list[str]:
+        """Return peers of earlier lives that may be dialled now, the latest first."""
+        return [
+            peer.peer_id
+            for peer in self._known.latest_first()
+            if self._dialler.may_try(peer.peer_id, now)
+            and not self._dialler.is_linked(peer.peer_id)
+            and peer.peer_id != self._mesh.peer_id
+        ]
+
+    async def _note_links_forever(self) -> None:
+        while True:
+            await trio.sleep(_NOTE_INTERVAL)
+            # No more than can be kept, or each round would push out what the last one noted.
+            for link in self._mesh.links()[:MAX_KNOWN_PEERS]:
+                self._dialler.note_addrs(link.peer_id)
 
     # Ledgers
 

@@ -225,6 +225,7 @@ class Swarm:
             rng=node.rng,
             metrics=metrics,
             wall_time=lambda: self.wall_time() + node.clock_offset,
+            known=node.known,
         )
 
     def wall_time(self) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import trio
 
+from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
 from meshnode.metrics import Metrics
 from meshnode.net.member import Member
@@ -122,6 +123,7 @@ class SwarmNode:
         self.member: Member
         self.mesh: Mesh
         self.addr = ""  # where it listens; the same after a restart
+        self.known = KnownPeers()  # what peers.json is on a real host
         self.clock_offset = 0.0
         self.lives = 0
         self.is_alive = False

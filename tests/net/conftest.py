@@ -9,6 +9,7 @@ from typing import Protocol
 import pytest
 import trio
 
+from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
 from meshnode.core.node_data import NodeData, ServiceData, State
 from meshnode.core.router import Router
@@ -42,6 +43,7 @@ class Node:
         services: Sequence[LocalService] = (),
         vram: int = 0,
         start_seq: int = 1,
+        known: KnownPeers | None = None,
     ) -> None:
         rng = random.Random(name)
         self.mesh = mesh
@@ -80,6 +82,7 @@ class Node:
             forget_load=self.router.forget,
             rng=rng,
             metrics=self.metrics,
+            known=known,
         )
         self.exit = ExitPoint(
             mesh, self.services, free_vram=lambda: self.vram, metrics=self.metrics
