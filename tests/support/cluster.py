@@ -227,8 +227,12 @@ class Cluster:
         listen: str = "/ip4/127.0.0.1/tcp/0",
         mdns: bool = False,
         netns: str | None = None,
+        clock_offset: float = 0.0,
     ) -> Node:
-        """Start a node without waiting for it, in the network namespace ``netns`` if named."""
+        """Start a node without waiting for it, in the network namespace ``netns`` if named.
+
+        Its wall clock is ahead of this machine's by ``clock_offset`` seconds.
+        """
         if isinstance(bootstrap, Node):
             bootstrap = bootstrap.addr
         state_dir = self.folder / f"state-{name}"
@@ -238,11 +242,23 @@ class Cluster:
         argv += ["--state-dir", str(state_dir)]
         if bootstrap is not None:
             argv += ["--bootstrap", bootstrap]
-        node = Node([*_within(netns), *argv, *args], self.env(MESHNODE_TOKEN=token or self.token))
+        env = self.env(MESHNODE_TOKEN=token or self.token, **self._wrong_clock(clock_offset))
+        node = Node([*_within(netns), *argv, *args], env)
         node.state_dir = state_dir
         node.netns = netns
         self.processes.append(node)
         return node
+
+    def _wrong_clock(self, offset: float) -> dict[str, str]:
+        """Return the environment of an interpreter whose wall clock is ``offset`` s ahead."""
+        if not offset:
+            return {}
+        site = self.folder / f"clock{offset:+g}"
+        site.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(
+            f"import time\nright = time.time\ntime.time = lambda: right() + {offset}\n"
+        )
+        return {"PYTHONPATH": str(site)}
 
     def node(self, name: str, *args: str, **settings: Any) -> Node:
         """Start a node and wait until it is ready."""
