@@ -1,49 +1,61 @@
-"""The tunnel protocol: who asks for which service, the answer, and bytes with an explicit end.
+"""The tunnel protocol: requests for a service, one after another, each with its bytes both ways.
 
-The law here: a body that ends without its end marker was cut, whatever the transport says.
-Muxers of other implementations report a dead connection as a plain end, and an answer that was
-cut short must never look whole.
+Two laws hold here. A body that ends without its end marker was cut, whatever the transport says:
+muxers of other implementations report a dead connection as a plain end, and an answer that was
+cut short must never look whole. And bytes that come outside of a request are never taken for
+another one's: an answer that is longer than it said must not become the next answer's beginning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from enum import Enum
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
 from meshnode.core.wire import (
     FRAME_ERROR_CODES,
+    FRAME_HEADER_BYTES,
     Text64,
     Text256,
     Uint64,
     WireModel,
     decode_model,
+    encode_frame,
     encode_model,
 )
 from meshnode.errors import WireError
 
-PROTOCOL_ID = "/meshnode/tunnel/1.0.0"
+PROTOCOL_ID = "/meshnode/tunnel/2.0.0"
 MAX_HEADER_BYTES = 2048  # of a request's or reply's body; 256 four-byte characters and their keys
 
-# With its two bytes of length, and yamux's 12, the largest chunk fills one noise frame (65,519).
+# With its two bytes of mark, and yamux's 12, the largest chunk fills one noise frame (65,519).
 MAX_CHUNK_BYTES = 65_505
-CHUNK_HEADER_BYTES = 2
-END = b"\x00\x00"
+MARK_BYTES = 2
+END = b"\x00\x00"  # nothing more this way, of this request
+DONE = b"\xff\xfe"  # the dialler is done with the request
+HEADER = b"\xff\xff"  # a frame follows: a request, or a reply
 
-ERROR_CODES = FRAME_ERROR_CODES | {"bad_chunk", "after_end", "cut"}
+_END, _DONE, _HEADER = (int.from_bytes(mark, "big") for mark in (END, DONE, HEADER))
+
+ERROR_CODES = FRAME_ERROR_CODES | {"bad_mark", "out_of_turn", "after_end", "cut"}
 
 Status = Literal["ok", "busy", "draining", "no_such_service", "backend_unreachable", "unhealthy"]
 
 
 class TunnelRequest(WireModel):
-    """Dialler to server, first: the service wanted. It can never name an address."""
+    """Begins a request: the service wanted. It can never name an address."""
 
     service_id: Text64 = Field(alias="ServiceID", min_length=1)
+    # Not over a connection to the backend that an earlier request used: the backend may be about
+    # to close that one, and then nobody knows whether it took the request.
+    fresh: bool = Field(default=False, alias="Fresh")
 
 
 class TunnelReply(WireModel):
-    """Server to dialler, once: whether the service's bytes follow, and numbers to route by."""
+    """Answers a request: whether the service's bytes follow, and numbers to route by."""
 
     status: Status = Field(alias="Status")
     # Requests that others than the asking peer hold on this service here.
@@ -52,11 +64,14 @@ class TunnelReply(WireModel):
     message: Text256 = Field(default="", alias="Message")  # for people and logs
 
 
+@lru_cache(maxsize=64)  # a mesh has a handful of services
 def encode_request(request: TunnelRequest) -> bytes:
     """Return the body of the request's frame."""
     return encode_model(request, MAX_HEADER_BYTES)
 
 
+# A peer that sends others than these in turn only pays for its own parsing.
+@lru_cache(maxsize=64)
 def decode_request(body: bytes) -> TunnelRequest:
     """Return the request; raises ``WireError`` ``too_large``, ``bad_msgpack``, ``bad_field``."""
     return decode_model(TunnelRequest, body, MAX_HEADER_BYTES)
@@ -67,9 +82,15 @@ def encode_reply(reply: TunnelReply) -> bytes:
     return encode_model(reply, MAX_HEADER_BYTES)
 
 
+@lru_cache(maxsize=256)  # free memory and load change seldom between two requests
 def decode_reply(body: bytes) -> TunnelReply:
     """Return the reply; raises ``WireError`` ``too_large``, ``bad_msgpack``, ``bad_field``."""
     return decode_model(TunnelReply, body, MAX_HEADER_BYTES)
+
+
+def encode_header(body: bytes) -> bytes:
+    """Return the body of a request or reply as an item of the stream."""
+    return HEADER + encode_frame(body)
 
 
 def encode_chunk(payload: bytes) -> bytes:
@@ -80,7 +101,7 @@ def encode_chunk(payload: bytes) -> bytes:
     """
     if not 1 <= len(payload) <= MAX_CHUNK_BYTES:
         raise ValueError(f"a chunk holds 1 to {MAX_CHUNK_BYTES} bytes, not {len(payload)}")
-    return len(payload).to_bytes(CHUNK_HEADER_BYTES, "big") + payload
+    return len(payload).to_bytes(MARK_BYTES, "big") + payload
 
 
 def encode_chunks(data: bytes) -> Iterator[bytes]:
@@ -93,63 +114,183 @@ def encode_chunks(data: bytes) -> Iterator[bytes]:
         yield encode_chunk(data[start : start + MAX_CHUNK_BYTES])
 
 
-class ChunkDecoder:
-    """Takes the chunk lengths out of one direction of a tunnel.
+class Header(NamedTuple):
+    """A request or a reply, not decoded yet."""
 
-    Passes on whatever part of a chunk has come, so it holds one byte at most, and adds no delay.
+    body: bytes
+
+
+class Mark(Enum):
+    """An item without a payload."""
+
+    END = END
+    DONE = DONE
+
+
+Item = bytes | Header | Mark
+
+
+class _Turn(Enum):
+    """Whose turn it is, in one direction of a tunnel."""
+
+    QUIET = "quiet"  # no request is open
+    ASKED = "asked"  # its reply is due; of the server's direction only
+    OPEN = "open"  # its bytes may come
+    ENDED = "ended"  # END came: no more of its bytes
+
+
+class _ItemDecoder:
+    """Takes one direction of a tunnel apart, and holds it to its turns.
+
+    Passes on whatever part of a chunk has come, so it adds no delay, and holds a header at most.
     """
 
     def __init__(self) -> None:
         self._left = 0  # bytes still to come of the present chunk
-        self._half_header = b""  # the first of a length's two bytes
-        self._ended = False
+        self._partial = b""  # of a mark or of a header
+        self._turn = _Turn.QUIET
 
-    @property
-    def ended(self) -> bool:
-        """Whether the clean end has been read."""
-        return self._ended
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Return the payload in the next bytes of the stream, in order; then look at ``ended``.
+    def feed(self, data: bytes) -> list[Item]:
+        """Return what is in the next bytes of the stream, in order; payloads as plain bytes.
 
         Raises:
-            WireError: ``bad_chunk``: a length above ``MAX_CHUNK_BYTES``. ``after_end``: bytes
-                behind the clean end. Either way reset the stream.
+            WireError: ``bad_mark``: a length above ``MAX_CHUNK_BYTES`` that is no mark.
+                ``too_large``: a header's. ``out_of_turn``: an item outside of its request.
+                ``after_end``: bytes behind END. In any case reset the stream.
         """
-        if self._half_header:
-            data = self._half_header + data
-            self._half_header = b""
-        pieces: list[bytes] = []
+        if self._partial:
+            data = self._partial + data
+            self._partial = b""
+        items: list[Item] = []
         at, size = 0, len(data)
         while at < size:
             if self._left:
-                piece = data[at : at + self._left]
-                pieces.append(piece)
-                self._left -= len(piece)
-                at += len(piece)
-            elif self._ended:
-                raise WireError("after_end", "bytes came after the end of the body")
-            elif size - at < CHUNK_HEADER_BYTES:
-                self._half_header = data[at:]
+                stop = min(at + self._left, size)
+                items.append(data[at:stop])
+                self._left -= stop - at
+                at = stop
+                continue
+            if size - at < MARK_BYTES:
+                self._partial = data[at:]
                 break
+            mark = data[at] << 8 | data[at + 1]
+            if 0 < mark <= MAX_CHUNK_BYTES:
+                self._on_chunk()
+                self._left = mark
+            elif mark == _HEADER:
+                body = _header_at(data, at + MARK_BYTES)
+                if body is None:
+                    self._partial = data[at:]
+                    break
+                self._on_header()
+                items.append(Header(body))
+                at += FRAME_HEADER_BYTES + len(body)
+            elif mark == _END:
+                self._on_end(items)
+            elif mark == _DONE:
+                self._on_done(items)
             else:
-                self._begin_chunk(int.from_bytes(data[at : at + CHUNK_HEADER_BYTES], "big"))
-                at += CHUNK_HEADER_BYTES
-        return pieces
+                raise WireError("bad_mark", f"a chunk of {mark} bytes is more than the limit")
+            at += MARK_BYTES
+        return items
 
     def finish(self) -> None:
         """Say that the stream ended.
 
         Raises:
-            WireError: ``cut``: it ended without the end marker, so the body is not whole.
+            WireError: ``truncated``: inside a header. ``cut``: a request was open, and its body
+                is not whole.
         """
-        if not self._ended:
+        if self._partial[:MARK_BYTES] == HEADER:
+            raise WireError("truncated", "the stream ended inside a header")
+        if self._partial or self._turn in (_Turn.OPEN, _Turn.ASKED):
             raise WireError("cut", "the stream ended without the end of the body")
 
-    def _begin_chunk(self, length: int) -> None:
-        if length > MAX_CHUNK_BYTES:
-            raise WireError(
-                "bad_chunk", f"a chunk of {length} bytes is more than {MAX_CHUNK_BYTES}"
-            )
-        self._left = length
-        self._ended = length == 0
+    def _on_chunk(self) -> None:
+        if self._turn is _Turn.OPEN:
+            return
+        if self._turn is _Turn.ENDED:
+            raise WireError("after_end", "bytes came after the end of the body")
+        raise WireError("out_of_turn", "bytes came outside of a request")
+
+    def _on_header(self) -> None:
+        raise NotImplementedError
+
+    def _on_end(self, items: list[Item]) -> None:
+        if self._turn is _Turn.ENDED:
+            raise WireError("after_end", "a second end of the body came")
+        if self._turn is not _Turn.OPEN:
+            raise WireError("out_of_turn", "an end came outside of a request")
+        self._turn = _Turn.ENDED
+        items.append(Mark.END)
+
+    def _on_done(self, items: list[Item]) -> None:
+        raise NotImplementedError
+
+
+class RequestDecoder(_ItemDecoder):
+    """What the dialler sends: ``Header``, its bytes, ``END`` if it half-closes, then ``DONE``."""
+
+    def _on_header(self) -> None:
+        if self._turn is not _Turn.QUIET:
+            raise WireError("out_of_turn", "a request came before the one before it was done")
+        self._turn = _Turn.OPEN
+
+    def _on_done(self, items: list[Item]) -> None:
+        if self._turn is _Turn.QUIET:
+            raise WireError("out_of_turn", "no request was open that could be done")
+        self._turn = _Turn.QUIET
+        items.append(Mark.DONE)
+
+
+class ReplyDecoder(_ItemDecoder):
+    """What the server sends, for a dialler that says when it asks and when it is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._late_end = False  # an END of the request before may still be on its way
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing of a request is open, so that another can begin."""
+        return self._turn is _Turn.QUIET and not (self._left or self._partial)
+
+    def ask(self) -> None:
+        """Say that a request leaves now."""
+        assert self._turn is _Turn.QUIET
+        self._turn = _Turn.ASKED
+
+    def done(self) -> None:
+        """Say that nothing more is wanted of the request, whose reply has come."""
+        self._late_end = self._turn is _Turn.OPEN
+        self._turn = _Turn.QUIET
+
+    def _on_header(self) -> None:
+        if self._turn is not _Turn.ASKED:
+            raise WireError("out_of_turn", "a reply came that nobody asked for")
+        self._turn = _Turn.OPEN
+        self._late_end = False
+
+    def _on_end(self, items: list[Item]) -> None:
+        if self._late_end and self._turn in (_Turn.QUIET, _Turn.ASKED):
+            # The backend closed right behind its answer: END and DONE met on the way.
+            self._late_end = False
+            return
+        super()._on_end(items)
+
+    def _on_done(self, items: list[Item]) -> None:
+        raise WireError("out_of_turn", "the server said that a request is done")
+
+
+def _header_at(data: bytes, at: int) -> bytes | None:
+    """Return the body of the frame at ``at``, or None while it is not whole."""
+    start = at + FRAME_HEADER_BYTES
+    if len(data) < start:
+        return None
+    length = int.from_bytes(data[at:start], "big")
+    if length > MAX_HEADER_BYTES:
+        raise WireError(
+            "too_large", f"a header of {length} bytes is more than the {MAX_HEADER_BYTES} allowed"
+        )
+    body = data[start : start + length]
+    return body if len(body) == length else None

@@ -1,4 +1,4 @@
-"""Inbound tunnels: a member's stream, carried to a service that this host exposes."""
+"""Inbound tunnels: a member's requests, carried to the services that this host exposes."""
 
 from __future__ import annotations
 
@@ -7,27 +7,13 @@ from collections.abc import Callable
 import structlog
 import trio
 
-from meshnode.core.tunnel import (
-    MAX_HEADER_BYTES,
-    PROTOCOL_ID,
-    Status,
-    TunnelReply,
-    decode_request,
-    encode_reply,
-)
-from meshnode.core.wire import encode_frame
-from meshnode.errors import MeshError, PeerUnreachable, WireError
+from meshnode.core.tunnel import PROTOCOL_ID
+from meshnode.errors import MeshError, WireError
 from meshnode.metrics import Metrics
-from meshnode.net.framed import FrameReader
 from meshnode.net.local_services import LocalServices
 from meshnode.net.mesh import Mesh, MeshStream
-from meshnode.net.splice import IDLE_TIMEOUT, splice
-from meshnode.net.tunnel_stream import TunnelStream
-
-# For the request's header, once the stream stands; it comes with the first bytes.
-_HEADER_TIMEOUT = 3.0  # seconds
-# For a refusal to leave: a peer that does not read it has given up.
-_REFUSAL_TIMEOUT = 3.0  # seconds
+from meshnode.net.served_tunnel import ServedTunnel
+from meshnode.net.splice import IDLE_TIMEOUT
 
 log = structlog.get_logger(__name__)
 
@@ -55,10 +41,17 @@ class ExitPoint:
         mesh.serve(PROTOCOL_ID, self.serve_stream)
 
     async def serve_stream(self, stream: MeshStream) -> None:
-        """Answer one tunnel, from its request to its end."""
+        """Serve one tunnel to its end."""
         started = trio.current_time()
+        tunnel = ServedTunnel(
+            stream,
+            self._services,
+            free_vram=self._free_vram,
+            metrics=self._metrics,
+            idle_timeout=self._idle_timeout,
+        )
         try:
-            outcome = await self._serve(stream)
+            outcome = await tunnel.serve()
         except WireError as exc:
             self._metrics.protocol_faults.labels(protocol="tunnel", code=exc.code).inc()
             stream.reset()
@@ -76,51 +69,6 @@ class ExitPoint:
             role="exit",
             peer_id=stream.peer_id,
             outcome=outcome,
+            requests=tunnel.requests,
             duration_s=round(trio.current_time() - started, 3),
         )
-
-    async def _serve(self, stream: MeshStream) -> str:
-        frames = FrameReader(stream, MAX_HEADER_BYTES)
-        with trio.fail_after(_HEADER_TIMEOUT):
-            service_id = decode_request(await frames.expect_frame()).service_id
-        status = self._services.admit(service_id)
-        if status != "ok":
-            return await self._refuse(stream, service_id, status, "")
-        with self._services.claim(service_id, stream.peer_id):
-            # Only a connected service is promised: until then the asker can go elsewhere.
-            try:
-                backend = await self._services.connect(service_id)
-            except PeerUnreachable as exc:
-                return await self._refuse(stream, service_id, "backend_unreachable", str(exc))
-            try:
-                await self._reply(stream, service_id, "ok", "")
-            except BaseException:
-                backend.reset()
-                raise
-            end = await splice(
-                TunnelStream(stream, frames.take_rest()),
-                backend,
-                count_to_upstream=self._metrics.tunnel_bytes.labels(direction="to_service").inc,
-                count_to_client=self._metrics.tunnel_bytes.labels(direction="to_client").inc,
-                idle_timeout=self._idle_timeout,
-            )
-        return end.outcome.value
-
-    async def _refuse(
-        self, stream: MeshStream, service_id: str, status: Status, message: str
-    ) -> str:
-        with trio.fail_after(_REFUSAL_TIMEOUT):
-            await self._reply(stream, service_id, status, message)
-            await stream.aclose()
-        return status
-
-    async def _reply(
-        self, stream: MeshStream, service_id: str, status: Status, message: str
-    ) -> None:
-        reply = TunnelReply(
-            status=status,
-            in_flight=self._services.in_flight_of_others(service_id, stream.peer_id),
-            available_vram=self._free_vram() or 0,
-            message=message[:256],
-        )
-        await stream.send_all(encode_frame(encode_reply(reply)))

@@ -127,6 +127,7 @@ class Member:
             nursery.start_soon(self.announcer.announce_forever)
             nursery.start_soon(self.hearer.expire_forever)
             nursery.start_soon(self.services.check_health_forever)
+            nursery.start_soon(self.upstreams.sweep_forever)
             nursery.start_soon(self.peering.run_forever)
 
     def _compose(self, seq: int, state: State) -> NodeData:

@@ -1,9 +1,14 @@
-"""A TCP connection as a ByteStream: a reset is a reset (RST), never an end of file."""
+"""A TCP connection as a ByteStream: a reset is a reset (RST), never an end of file.
+
+It reads and writes the socket itself: trio's own stream adds a turn of the scheduler to every
+call, which is a good part of what carrying a small message costs.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 
@@ -19,22 +24,63 @@ class TcpStream:
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
+        self._more_waits = False  # the last read took as much as it might
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
         try:
-            return bytes(await self._stream.receive_some(max_bytes))
-        except trio.BrokenResourceError as exc:
-            raise StreamReset(f"the connection broke: {exc.__cause__ or exc}") from exc
+            # Mostly nothing has come yet when somebody asks: a read before the wait is wasted.
+            if self._more_waits:
+                await trio.lowlevel.checkpoint_if_cancelled()
+            else:
+                await trio.lowlevel.wait_readable(self._fd())
+            while True:
+                try:
+                    data = os.read(self._fd(), max_bytes)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(self._fd())
+                else:
+                    self._more_waits = len(data) == max_bytes
+                    return data
         except trio.ClosedResourceError as exc:
             raise StreamClosed("this side already closed the connection") from exc
+        except OSError as exc:
+            raise StreamReset(f"the connection broke: {exc}") from exc
 
     async def send_all(self, data: bytes) -> None:
         try:
-            await self._stream.send_all(data)
-        except trio.BrokenResourceError as exc:
-            raise StreamReset(f"the connection broke: {exc.__cause__ or exc}") from exc
+            await trio.lowlevel.checkpoint_if_cancelled()
+            try:
+                sent = os.write(self._fd(), data)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(data):
+                await self._send_slowly(memoryview(data)[sent:])
         except trio.ClosedResourceError as exc:
             raise StreamClosed("this side already closed the connection") from exc
+        except OSError as exc:
+            raise StreamReset(f"the connection broke: {exc}") from exc
+
+    async def _send_slowly(self, left: memoryview) -> None:
+        while left:
+            await trio.lowlevel.wait_writable(self._fd())
+            with contextlib.suppress(BlockingIOError):
+                left = left[os.write(self._fd(), left) :]
+
+    def is_quiet(self) -> bool:
+        """Whether the other side neither sent anything, nor ended or cut the connection."""
+        fd = self._stream.socket.fileno()
+        if fd < 0:
+            return False
+        poll = select.poll()  # not select(): descriptors above 1,023 are common here
+        poll.register(fd, select.POLLIN)
+        return not poll.poll(0)
+
+    def _fd(self) -> int:
+        # Asked each time: the number of a closed socket soon belongs to another one.
+        fd = self._stream.socket.fileno()
+        if fd < 0:
+            raise trio.ClosedResourceError
+        return fd
 
     async def send_eof(self) -> None:
         try:
@@ -48,6 +94,10 @@ class TcpStream:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._stream.send_eof()
         await self._stream.aclose()
+
+    def close(self) -> None:
+        """Close at once, cleanly if everything that came was read. Never waits or raises."""
+        self._stream.socket.close()
 
     def reset(self) -> None:
         with contextlib.suppress(OSError):  # already closed: there is nothing left to abort

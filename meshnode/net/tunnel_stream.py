@@ -1,4 +1,4 @@
-"""The body of a tunnel as a ByteStream: chunks on a mesh stream, with an explicit end.
+"""The dialler's side of a tunnel: requests one after another, each a ByteStream while it is open.
 
 A FIN without the end marker is a cut: other muxers report a dead connection as a clean end.
 """
@@ -6,38 +6,106 @@ A FIN without the end marker is a cut: other muxers report a dead connection as 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections.abc import Callable
 
-from meshnode.core.tunnel import END, ChunkDecoder, encode_chunks
-from meshnode.errors import StreamClosed, StreamReset, WireError
+from meshnode.core.tunnel import (
+    DONE,
+    END,
+    Header,
+    Mark,
+    ReplyDecoder,
+    TunnelReply,
+    TunnelRequest,
+    decode_reply,
+    encode_chunks,
+    encode_header,
+    encode_request,
+)
+from meshnode.errors import PeerRefused, StreamClosed, StreamReset, WireError
 from meshnode.net.mesh import MeshStream
 
 
+class TunnelRefused(PeerRefused):
+    """The peer does not serve this request, and not a byte of it reached the backend."""
+
+    def __init__(self, reply: TunnelReply) -> None:
+        super().__init__(reply.message or f"the peer is {reply.status}")
+        self.status = reply.status
+
+
+class TunnelBroken(StreamReset):
+    """The peer broke the protocol, or ended the stream in the middle; ``code`` says how."""
+
+    def __init__(self, fault: WireError) -> None:
+        super().__init__(f"the tunnel was cut short: {fault}")
+        self.code = fault.code
+
+
 class TunnelStream:
-    """Takes chunks off, and puts chunks on, what follows an ``ok`` reply.
+    """One tunnel. ``ask``, read and write, ``done``; then it is quiet and can be asked again.
 
     Args:
-        stream: the mesh stream, past its header frames.
-        received: bytes of the body that were read together with the header.
+        stream: a fresh mesh stream of the tunnel protocol.
+        on_reply: told of every reply, refusals included, for the numbers in it.
     """
 
-    def __init__(self, stream: MeshStream, received: bytes = b"") -> None:
+    def __init__(
+        self, stream: MeshStream, on_reply: Callable[[TunnelReply], None] = lambda _: None
+    ) -> None:
         self._stream = stream
-        self._decoder = ChunkDecoder()
-        self._pieces: deque[bytes] = deque()
-        self._unfed = received
+        self._on_reply = on_reply
+        self._decoder = ReplyDecoder()
+        self._unread = b""
+        self._accepted = False  # the reply came, and was ok
+        self._ended = False  # the other side's END came
         self._eof_sent = False
 
+    @property
+    def peer_id(self) -> str:
+        return self._stream.peer_id
+
+    async def ask(self, service_id: str, first: bytes = b"", *, fresh: bool = False) -> None:
+        """Begin a request, its first bytes with it: a refusal costs nobody more than those.
+
+        Args:
+            fresh: not over a connection to the backend that another request used before.
+
+        Raises:
+            StreamReset: the tunnel is cut.
+        """
+        self._decoder.ask()
+        self._accepted = self._ended = self._eof_sent = False
+        request = encode_request(TunnelRequest(service_id=service_id, fresh=fresh))
+        opening = encode_header(request)
+        if not first:
+            await self._stream.send_all(opening)
+            return
+        chunks = encode_chunks(first)
+        await self._stream.send_all(opening + next(chunks))
+        for chunk in chunks:
+            await self._stream.send_all(chunk)
+
+    async def wait_accepted(self) -> None:
+        """Wait for the reply.
+
+        Raises:
+            TunnelRefused: not now, or not here. ``done`` makes the tunnel quiet again.
+            StreamReset: the tunnel is cut.
+        """
+        while not self._accepted:
+            await self._receive_items()
+
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
-        while not self._pieces:
-            if self._decoder.ended:
+        while not self._unread:
+            if self._ended:
                 return b""
-            await self._receive_pieces()
-        piece = self._pieces.popleft()
-        if len(piece) > max_bytes:
-            self._pieces.appendleft(piece[max_bytes:])
-            piece = piece[:max_bytes]
-        return piece
+            await self._receive_items()
+        data = self._unread
+        if len(data) > max_bytes:
+            self._unread = data[max_bytes:]
+            return data[:max_bytes]
+        self._unread = b""
+        return data
 
     async def send_all(self, data: bytes) -> None:
         for chunk in encode_chunks(data):
@@ -47,26 +115,48 @@ class TunnelStream:
         if not self._eof_sent:
             self._eof_sent = True
             await self._stream.send_all(END)
-            await self._stream.send_eof()
+
+    async def done(self) -> bool:
+        """Let go of the request; return whether the tunnel can be asked again.
+
+        Not if more came than was read: it would be taken for the next answer.
+        """
+        self._decoder.done()
+        if self._unread or not self._decoder.is_quiet:
+            self.reset()
+            return False
+        await self._stream.send_all(DONE)
+        return True
 
     async def aclose(self) -> None:
         # Cut or closed already: then there is no end to tell.
         with contextlib.suppress(StreamReset, StreamClosed):
-            await self.send_eof()
+            if not self._decoder.is_quiet:
+                await self.send_eof()
         await self._stream.aclose()
 
     def reset(self) -> None:
         self._stream.reset()
 
-    async def _receive_pieces(self) -> None:
+    async def _receive_items(self) -> None:
+        data = await self._stream.receive_some()
         try:
-            data, self._unfed = self._unfed, b""
             if not data:
-                data = await self._stream.receive_some()
-            if data:
-                self._pieces.extend(self._decoder.feed(data))
-            else:
                 self._decoder.finish()
+                raise WireError("cut", "the stream ended between two requests")
+            for item in self._decoder.feed(data):
+                if type(item) is bytes:
+                    self._unread = self._unread + item if self._unread else item
+                elif type(item) is Header:
+                    self._take_reply(decode_reply(item.body))
+                elif item is Mark.END:
+                    self._ended = True
         except WireError as exc:
             self._stream.reset()
-            raise StreamReset(f"the tunnel was cut short: {exc}") from exc
+            raise TunnelBroken(exc) from exc
+
+    def _take_reply(self, reply: TunnelReply) -> None:
+        self._on_reply(reply)
+        if reply.status != "ok":
+            raise TunnelRefused(reply)
+        self._accepted = True

@@ -130,6 +130,7 @@ class Node:
                 await nursery.start(self.mesh.run_forever)
                 nursery.start_soon(self.announcer.announce_forever)
                 nursery.start_soon(self.hearer.expire_forever)
+                nursery.start_soon(self.upstreams.sweep_forever)
                 task_status.started()
                 try:
                     await self.peering.run_forever()

@@ -3,11 +3,9 @@ from __future__ import annotations
 import pytest
 import trio
 
-from meshnode.core.tunnel import END, encode_chunk
 from meshnode.errors import PeerUnreachable, StreamClosed, StreamReset
 from meshnode.net.splice import SpliceOutcome, splice
 from meshnode.net.tcp_stream import TcpStream, connect_tcp
-from meshnode.net.tunnel_stream import TunnelStream
 
 
 class Script:
@@ -105,51 +103,6 @@ async def test_a_cancelled_splice_resets_both(autojump_clock):
     assert scope.cancelled_caught
     assert client.log == ["reset"]
     assert upstream.log == [b"question", "eof", "reset"]
-
-
-async def test_a_tunnel_puts_chunks_and_an_end_on_the_wire():
-    wire = Script()
-    tunnel = TunnelStream(wire)
-    await tunnel.send_all(b"hello")
-    await tunnel.send_all(b"")
-    await tunnel.aclose()
-    await tunnel.aclose()
-    assert wire.log == [b"\x00\x05hello", END, "eof", "close", "close"]
-
-
-async def test_a_tunnel_reads_chunks_however_they_arrive():
-    body = encode_chunk(b"hello") + encode_chunk(b"world") + END
-    wire = Script(*[body[i : i + 1] for i in range(3, len(body))])
-    tunnel = TunnelStream(wire, received=body[:3])
-    received = b""
-    while data := await tunnel.receive_some(2):
-        assert len(data) <= 2
-        received += data
-    assert received == b"helloworld"
-    assert await tunnel.receive_some() == b""
-
-
-async def receive_all(stream):
-    received = b""
-    while data := await stream.receive_some():
-        received += data
-    return received
-
-
-@pytest.mark.parametrize(
-    "wire",
-    [
-        Script(encode_chunk(b"half"), b""),
-        Script(b"\x00", b""),
-        Script(b"", b""),
-        Script(b"\xff\xff"),
-        Script(encode_chunk(b"x")[:2], StreamReset("cut")),
-    ],
-)
-async def test_a_tunnel_without_its_end_was_cut(wire):
-    tunnel = TunnelStream(wire)
-    with pytest.raises(StreamReset):
-        await receive_all(tunnel)
 
 
 async def tcp_pair():

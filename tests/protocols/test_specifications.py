@@ -23,7 +23,7 @@ MODULES: dict[str, ModuleType] = {
     "announce/1.0.0": node_data,
     "membership/1.0.0": membership,
     "ledger/1.0.0": ledger_exchange,
-    "tunnel/1.0.0": tunnel,
+    "tunnel/2.0.0": tunnel,
 }
 each_protocol = pytest.mark.parametrize("name", MODULES)
 
@@ -133,7 +133,7 @@ def test_the_keys_of_the_specification_are_those_of_the_schema(protocols: Path, 
 
 
 def test_the_closed_sets_of_words_are_those_of_the_code(protocols: Path) -> None:
-    statuses = table(protocols, "tunnel/1.0.0", "TunnelReply", "Status")
+    statuses = table(protocols, "tunnel/2.0.0", "TunnelReply", "Status")
     assert tuple(row["Status"] for row in statuses) == get_args(tunnel.Status)
     states = [
         r for r in table(protocols, "announce/1.0.0", "NodeData", "Key") if r["Key"] == "State"
