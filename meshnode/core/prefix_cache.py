@@ -1,0 +1,194 @@
+"""Who last served the beginning of which prompt, so that a warm cache is found again.
+
+One index for all models. A block's hash covers everything before it (``prefix_chain``), so the
+tree of a model needs no branches: a flat map from hash to owner says the same. An entry is live
+for ``TTL`` seconds; a replica's weight is how much of the model's live tree it owns, where what
+was served long ago counts less. Semantics: LocalAI core/services/nodes/prefixcache, but that a
+deeper match of somebody who is no candidate does not hide a shallower one of somebody who is.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+TTL = 300.0  # seconds; engines drop a cache that nobody used for minutes
+HALF_LIFE = 120.0  # seconds
+# 16 MB. A conversation adds one to four blocks a turn, so this is some hundred requests a second.
+MAX_ENTRIES = 65_536
+
+# A replica: who, and which of its services or copies.
+Replica = tuple[str, int | str]
+ReplicaT = TypeVar("ReplicaT", bound=Replica)
+
+# How many half-lives the sums of weights may grow before they are scaled down: 2**256 of 2**1023.
+_MAX_GROWTH = 256.0
+_NO_WEIGHTS: Mapping[Replica, float] = {}
+
+
+class Hot(NamedTuple, Generic[ReplicaT]):
+    """The owner of the deepest live match."""
+
+    replica: ReplicaT
+    depth: int  # blocks that match
+    match_ratio: float  # depth / length of the chain
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict(Generic[ReplicaT]):
+    """What the index says of one chain."""
+
+    hot: ReplicaT | None
+    match_ratio: float
+    cold_order: tuple[ReplicaT, ...]  # all candidates, the one with the least cached first
+
+
+@dataclass(slots=True)
+class _Entry(Generic[ReplicaT]):
+    owner: ReplicaT
+    seen: float  # seconds on this node's clock
+
+
+@dataclass(slots=True)
+class _Weight:
+    count: int = 0
+    total: float = 0.0  # sum of 2 ** ((seen - epoch) / half_life)
+
+
+class PrefixIndex(Generic[ReplicaT]):
+    """Remembers for each block of each model's prompts the replica that last served it.
+
+    ``now`` is seconds on one monotonic clock and never goes back between calls.
+    """
+
+    def __init__(
+        self, *, ttl: float = TTL, half_life: float = HALF_LIFE, max_entries: int = MAX_ENTRIES
+    ) -> None:
+        self._ttl = ttl
+        self._half_life = half_life
+        self._max_entries = max_entries
+        # The longest unseen first; of one path the deepest block first, as it serves the fewest.
+        self._entries: OrderedDict[tuple[str, int], _Entry[ReplicaT]] = OrderedDict()
+        self._weights: dict[str, dict[ReplicaT, _Weight]] = {}
+        self._epoch = 0.0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def observe(
+        self, model: str, chain: Sequence[int], owner: ReplicaT, now: float
+    ) -> tuple[int, ...]:
+        """Record that ``owner`` serves the prompt of ``chain``.
+
+        Returns:
+            The blocks that are new or changed hands; none if the whole chain was its already.
+        """
+        if not chain:
+            return ()
+        self.evict(now)
+        last = self._entries.get((model, chain[-1]))
+        was_its_own = last is not None and last.owner == owner
+        fresh: list[int] = []
+        for block in reversed(chain):
+            if self._record(model, block, owner, now):
+                fresh.append(block)
+        while len(self._entries) > self._max_entries:
+            self._drop(next(iter(self._entries)))
+        return () if was_its_own else tuple(reversed(fresh))
+
+    def find_hot(
+        self,
+        model: str,
+        chain: Sequence[int],
+        is_candidate: Callable[[ReplicaT], bool],
+        now: float,
+    ) -> Hot[ReplicaT] | None:
+        """Return the owner of the deepest live match that ``is_candidate``."""
+        for depth in range(len(chain), 0, -1):
+            entry = self._entries.get((model, chain[depth - 1]))
+            if entry is not None and now - entry.seen <= self._ttl and is_candidate(entry.owner):
+                return Hot(entry.owner, depth, depth / len(chain))
+        return None
+
+    def decide(
+        self, model: str, chain: Sequence[int], candidates: Collection[ReplicaT], now: float
+    ) -> Verdict[ReplicaT]:
+        """Return who is warm for the chain, and in which order the others are tried."""
+        among = frozenset(candidates)
+        hot = self.find_hot(model, chain, among.__contains__, now)
+        order = sorted(among, key=lambda key: (self.weight(model, key, now), key))
+        if hot is None:
+            return Verdict(None, 0.0, tuple(order))
+        return Verdict(hot.replica, hot.match_ratio, tuple(order))
+
+    def weight(self, model: str, replica: ReplicaT, now: float) -> float:
+        """Return the sum of 0.5 ** (age / half_life) over the replica's live blocks."""
+        self.evict(now)
+        weight = self._weights.get(model, {}).get(replica)
+        if weight is None:
+            return 0.0
+        return float(weight.total * 2.0 ** ((self._epoch - now) / self._half_life))
+
+    def cached(self, model: str, now: float) -> Mapping[ReplicaT, _Weight]:
+        """Return who has any weight for the model; their ``total`` compare like their weights."""
+        self.evict(now)
+        return self._weights.get(model, {})
+
+    def invalidate(self, replica: ReplicaT) -> None:
+        """Forget what one replica served."""
+        self._drop_all(key for key, entry in self._entries.items() if entry.owner == replica)
+
+    def invalidate_node(self, node_id: str) -> None:
+        """Forget what any replica of a node served, as when it left."""
+        self._drop_all(key for key, entry in self._entries.items() if entry.owner[0] == node_id)
+
+    def evict(self, now: float) -> None:
+        """Drop what has expired; every other call does so by itself."""
+        while self._entries:
+            key = next(iter(self._entries))
+            if now - self._entries[key].seen <= self._ttl:
+                return
+            self._drop(key)
+
+    def _record(self, model: str, block: int, owner: ReplicaT, now: float) -> bool:
+        """Record one block; say whether it is new or changed hands."""
+        key = (model, block)
+        old = self._entries.get(key)
+        is_fresh = old is None or old.owner != owner
+        if old is not None:
+            self._weigh(model, old.owner, -1, old.seen)
+            self._entries.move_to_end(key)
+            old.owner, old.seen = owner, now
+        else:
+            self._entries[key] = _Entry(owner, now)
+        self._weigh(model, owner, +1, now)
+        return is_fresh
+
+    def _drop(self, key: tuple[str, int]) -> None:
+        entry = self._entries.pop(key)
+        self._weigh(key[0], entry.owner, -1, entry.seen)
+
+    def _drop_all(self, keys: Iterable[tuple[str, int]]) -> None:
+        for key in list(keys):
+            self._drop(key)
+
+    def _weigh(self, model: str, owner: ReplicaT, change: int, seen: float) -> None:
+        if (seen - self._epoch) / self._half_life > _MAX_GROWTH:
+            self._scale_down(seen)
+        weights = self._weights.setdefault(model, {})
+        weight = weights.setdefault(owner, _Weight())
+        weight.count += change
+        weight.total += change * 2.0 ** ((seen - self._epoch) / self._half_life)
+        if weight.count == 0:  # not by the total, which rounds
+            del weights[owner]
+            if not weights:
+                del self._weights[model]
+
+    def _scale_down(self, epoch: float) -> None:
+        factor = 2.0 ** ((self._epoch - epoch) / self._half_life)
+        self._epoch = epoch
+        for weights in self._weights.values():
+            for weight in weights.values():
+                weight.total *= factor
