@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
+from typing import Protocol
 
 from meshnode.core.decision import Decision
 
@@ -18,34 +18,85 @@ class Record:
         self.decision = decision
 
 
+class Told(Protocol):
+    """Who keeps count of leases and of how they went; ``core/lease_book`` does."""
+
+    def returned(self, lease: Lease) -> None: ...
+
+    def served(self, lease: Lease, open_seconds: float, now: float) -> int: ...
+
+    def failed(self, lease: Lease, reason: str, now: float) -> None: ...
+
+
 class Lease:
     """One request's claim on one peer, counted since ``Router.lease`` returned it.
 
-    ``with router.lease(...) as lease:`` gives it back on every way out.
+    ``with router.lease(...) as lease:`` gives it back on every way out. How the request went is
+    told by ``succeeded`` and ``failed``; neither of them gives the lease back.
     """
 
-    __slots__ = ("_give_back", "_record", "is_local", "peer_id", "released", "service_id")
+    __slots__ = (
+        "_book",
+        "_record",
+        "ended_streak",
+        "is_local",
+        "is_retry",
+        "is_trial",
+        "peer_id",
+        "released",
+        "service_id",
+        "verdict",
+    )
 
     def __init__(
         self,
         record: Record,
+        book: Told,
         *,
         peer_id: str,
-        service_id: str,
         is_local: bool,
-        give_back: Callable[[], None],
+        is_trial: bool = False,
     ) -> None:
         self.peer_id = peer_id
-        self.service_id = service_id
+        self.service_id = record.decision.service_id
         self.is_local = is_local  # whether the pick fell on this node itself
+        self.is_retry = record.decision.attempt > 1
+        self.is_trial = is_trial  # whether it decides if an ejected peer comes back
         self.released = False
+        self.verdict: str | None = None  # "ok", or why the peer failed; None while nothing is known
+        self.ended_streak: int | None = None  # failures in a row that its success ended
         self._record = record
-        self._give_back = give_back
+        self._book = book
 
     @property
     def decision(self) -> Decision:
         """The decision that this lease came from, with its outcome once there is one."""
         return self._record.decision
+
+    def succeeded(self, open_seconds: float, *, now: float) -> None:
+        """Say that the peer serves: the first byte of its answer is here. Twice is once.
+
+        Args:
+            open_seconds: from the pick until the service was reached, without its thinking.
+            now: seconds on the clock of ``Router.lease``.
+        """
+        if self.verdict is None:
+            self.verdict = "ok"
+            self.ended_streak = self._book.served(self, open_seconds, now)
+
+    def failed(self, reason: str, *, now: float) -> None:
+        """Say that the peer did not serve, or cut its answer short; the first reason stays.
+
+        Never for what the client did. "busy" and "draining" are answers and no failures: they
+        only hold the peer back until it has news.
+
+        Args:
+            reason: a short word, e.g. "unreachable", "timeout", "reset"; for people and metrics.
+            now: seconds on the clock of ``Router.lease``.
+        """
+        if self.verdict in (None, "ok"):
+            self.verdict = reason
+            self._book.failed(self, reason, now)
 
     def settle(
         self, outcome: str, duration: float | None = None, retries: int | None = None
@@ -66,7 +117,7 @@ class Lease:
         if self.released:
             return
         self.released = True
-        self._give_back()
+        self._book.returned(self)
         if self._record.decision.outcome is None:
             self._record.decision = replace(self._record.decision, outcome="released")
 

@@ -18,7 +18,7 @@ from meshnode.core.router import Router
 from meshnode.errors import NoCandidate
 from meshnode.metrics import Metrics
 from meshnode.net.mesh import ByteStream
-from meshnode.net.splice import IDLE_TIMEOUT, SpliceEnd, splice
+from meshnode.net.splice import IDLE_TIMEOUT, SpliceEnd, SpliceOutcome, splice
 from meshnode.net.tcp_stream import TcpStream
 from meshnode.net.upstream import AttemptError, Upstreams
 
@@ -149,10 +149,12 @@ class EntryPoint:
             try:
                 upstream = await self._upstreams.open(lease, holding)
             except AttemptError as exc:
+                lease.failed(exc.reason, now=trio.current_time())
                 self._give_up(client, lease, exc)
                 outcome = None
             else:
-                outcome = (await self._carry(client, upstream, lease)).outcome.value
+                opened_in = trio.current_time() - picked_at
+                outcome = (await self._carry(client, upstream, lease, opened_in)).outcome.value
             lease.settle(
                 outcome or client.tried[lease.peer_id],
                 duration=trio.current_time() - picked_at,
@@ -172,10 +174,17 @@ class EntryPoint:
             error=str(failure),
         )
 
-    async def _carry(self, client: _Client, upstream: ByteStream, lease: Lease) -> SpliceEnd:
+    async def _carry(
+        self, client: _Client, upstream: ByteStream, lease: Lease, opened_in: float
+    ) -> SpliceEnd:
         opened_at = trio.current_time()
         self._metrics.tunnel_open_seconds.observe(opened_at - client.accepted_at)
-        counts = _ByteCounts(self._metrics, client.accepted_at)
+        # Accepting a tunnel is no service yet: what counts is that an answer begins.
+        counts = _ByteCounts(
+            self._metrics,
+            client.accepted_at,
+            on_first_byte=lambda: lease.succeeded(opened_in, now=trio.current_time()),
+        )
         end = await splice(
             client.stream,
             upstream,
@@ -183,6 +192,8 @@ class EntryPoint:
             count_to_client=counts.to_client,
             idle_timeout=self._settings.idle_timeout,
         )
+        if end.outcome is SpliceOutcome.UPSTREAM_CUT:
+            lease.failed("cut", now=trio.current_time())
         log.debug(
             "tunnel_ended",
             role="entry",
@@ -203,7 +214,10 @@ class EntryPoint:
 class _ByteCounts:
     """Counts what one tunnel carries, and times the first byte of the answer."""
 
-    def __init__(self, metrics: Metrics, accepted_at: float) -> None:
+    def __init__(
+        self, metrics: Metrics, accepted_at: float, on_first_byte: Callable[[], None]
+    ) -> None:
+        self._on_first_byte = on_first_byte
         self.bytes_to_service = 0
         self.bytes_to_client = 0
         self._accepted_at = accepted_at
@@ -218,6 +232,7 @@ class _ByteCounts:
     def to_client(self, size: int) -> None:
         if self.bytes_to_client == 0:
             self._ttft.observe(trio.current_time() - self._accepted_at)
+            self._on_first_byte()
         self.bytes_to_client += size
         self._total_to_client.inc(size)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -19,6 +20,7 @@ from meshnode.core.ledger import Ledger
 from meshnode.core.node_data import MAX_ADDRS, NODE_ONLINE_WINDOW, NodeData, ServiceData, State
 from meshnode.core.router import Policy, Router
 from meshnode.metrics import Metrics
+from meshnode.net.ejections import tell_ejection
 from meshnode.net.federation_exit import ExitPoint
 from meshnode.net.gossip import ANNOUNCE_INTERVAL, Announcer, Hearer, announce_topic
 from meshnode.net.ledger_sync import LedgerSync
@@ -85,6 +87,7 @@ class Member:
         self._wall_time = wall_time
         self.ledger = Ledger(mesh.peer_id)
         self.router = Router(self.ledger, self_id=mesh.peer_id, policy=settings.policy, rng=rng)
+        self.router.on_ejection(partial(tell_ejection, metrics))
         topic = announce_topic(settings.network)
         self.hearer = Hearer(
             self.ledger, self.router, open_sealed=mesh.open_sealed, metrics=metrics

@@ -328,13 +328,13 @@ def test_what_the_router_knows_is_bounded_by_the_ledger() -> None:
         bench.hear(node(f"p{i}"), node("stays", seq=2 + i), now=now)
         bench.explain(now=now, target=f"p{i}")
         bench.ledger.forget(f"p{i}", now)
-    assert set(bench.router._views) == {"stays", "p1999"}
+    assert set(bench.router._candidates._views) == {"stays", "p1999"}
     for i in range(2000):  # and without a request that would look at the changes
         bench.hear(node(f"q{i}"), now=3000.0)
         bench.router.in_flight(f"q{i}", "chat")
         bench.ledger.forget(f"q{i}", 3000.0)
-    assert len(bench.router._changed) < 300
-    assert len(bench.router._views) < 300
+    assert len(bench.router._candidates._changed) < 300
+    assert len(bench.router._candidates._views) < 300
 
 
 # What is remembered
@@ -360,9 +360,9 @@ def test_the_decision_keeps_the_table_that_it_saw() -> None:
         ("c", None),
         ("b", None),
         ("a", "already tried"),
+        ("f", "at its limit of 3"),
         ("d", "draining"),
         ("e", "unhealthy"),
-        ("f", "at its limit of 3"),
     ]
     assert decision.candidates[0].in_flight == 0  # before it was counted
     assert decision.candidates[1].name == "host-b"
@@ -454,7 +454,7 @@ def test_peers_that_are_all_unable_are_counted_by_reason() -> None:
     bench = Bench(node("a"), node("b"), node("c", healthy=False), node("d", limit=1, in_flight=1))
     assert bench.refusal(exclude={"a", "b"}) == (
         "none of the 4 online peers that offer the service 'chat' can take a request now: "
-        "2 already tried, 1 unhealthy, 1 at its limit of 1; try again later, or add a node "
+        "2 already tried, 1 at its limit of 1, 1 unhealthy; try again later, or add a node "
         "that exposes it"
     )
 

@@ -5,6 +5,7 @@ The model keeps plain numbers, and ranks every peer anew for every pick.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from meshnode.core.clusterrouting import ReplicaCandidate, pick_best_replica
 from meshnode.core.ledger import Ledger
 from meshnode.core.node_data import NodeData, ServiceData
 from meshnode.core.router import Lease, Policy, Router
-from meshnode.errors import NoCandidate
+from meshnode.errors import AllFull, NoCandidate
 
 PEERS = ["self", "a", "b", "c", "d"]
 SERVICES = ["chat", "embed"]
@@ -47,6 +48,7 @@ class Peer:
     offers: dict[str, Offer]
     others: dict[str, int] = field(default_factory=dict)
     down: bool = False
+    answered: dict[str, tuple[str, float]] = field(default_factory=dict)  # until when it holds
 
     def online(self, now: float) -> bool:
         return self.state != "leaving" and not self.down and now - self.last_seen < 40
@@ -63,6 +65,7 @@ class RouterMachine(RuleBasedStateMachine):
         self.order: dict[str, int] = {}  # peer -> which pick was its last, where turns count
         self.picks = 0
         self.seqs: Counter[str] = Counter()
+        self.successes: Counter[tuple[str, str]] = Counter()
 
     @initialize(policy=st.sampled_from(["vram", "rotate", "random"]))
     def start(self, policy: Policy) -> None:
@@ -155,16 +158,23 @@ class RouterMachine(RuleBasedStateMachine):
     def forget(self, peer_id: str) -> None:
         self.ledger.forget(peer_id, self.now)
         self.router.forget(peer_id)
+        if not any(lease.peer_id == peer_id for lease in self.leases):
+            for service in SERVICES:  # the next decision drops what it did
+                self.successes.pop((peer_id, service), None)
+            with contextlib.suppress(NoCandidate):
+                self.router.explain(now=self.now, service_id="chat")
         self.peers.pop(peer_id, None)
         self.order.pop(peer_id, None)
 
     @rule(service=services, exclude=st.frozensets(peers, max_size=2), explain_first=st.booleans())
     def lease(self, service: str, exclude: frozenset[str], explain_first: bool) -> None:
-        able = self.able(service, exclude)
+        self.look(service)
+        able, full = self.able(service, exclude)
         request: dict[str, Any] = {"now": self.now, "service_id": service, "exclude": exclude}
         if not able:
-            with pytest.raises(NoCandidate, match=r"service '(chat|embed)'"):
+            with pytest.raises(NoCandidate, match=r"service '(chat|embed)'") as caught:
                 self.router.lease(**request)
+            assert isinstance(caught.value, AllFull) == bool(full)
             return
         foretold = self.router.explain(**request) if explain_first else None
         lease = self.router.lease(**request)
@@ -198,7 +208,7 @@ class RouterMachine(RuleBasedStateMachine):
 
     @rule(service=services, wanted=peers, exclude=st.frozensets(peers, max_size=1))
     def lease_of_one(self, service: str, wanted: str, exclude: frozenset[str]) -> None:
-        able = {candidate.node_id for candidate in self.able(service, exclude)}
+        able = self.able_if_pinned(service, exclude)
         request: dict[str, Any] = {"now": self.now, "service_id": service, "target": wanted}
         if wanted not in able:
             with pytest.raises(NoCandidate):
@@ -226,25 +236,87 @@ class RouterMachine(RuleBasedStateMachine):
                 lease.release()
         assert lease.decision.outcome == ("ok" if how == "settle" else "released")
         self.own[lease.peer_id, lease.service_id] -= 1
+        if lease.verdict == "ok":
+            self.forget_answer(lease.peer_id, lease.service_id)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), verdicts=st.integers(1, 3))
+    def requests_succeed(self, data: st.DataObject, verdicts: int) -> None:
+        for _ in range(verdicts):
+            lease = data.draw(st.sampled_from(self.leases), label="which")
+            key = (lease.peer_id, lease.service_id)
+            if lease.verdict is None:
+                self.successes[key] = min(3, self.successes[key] + 1)
+                self.forget_answer(*key)
+            lease.succeeded(0.01, now=self.now)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data(), reason=st.sampled_from(["reset", "reset", "busy", "draining"]))
+    def a_request_fails(self, data: st.DataObject, reason: str) -> None:
+        lease = data.draw(st.sampled_from(self.leases), label="which")
+        key = (lease.peer_id, lease.service_id)
+        peer = self.peers.get(lease.peer_id)
+        if lease.verdict in (None, "ok") and reason in ("busy", "draining"):
+            if peer is not None:
+                hold = 1.0 if reason == "busy" else 10.0
+                peer.answered[lease.service_id] = (reason, self.now + hold)
+        elif lease.verdict == "ok":
+            self.successes[key] -= 1
+        lease.failed(reason, now=self.now)
 
     # The model's own rules
 
-    def able(self, service: str, exclude: frozenset[str]) -> list[ReplicaCandidate]:
-        able = []
+    def look(self, service: str) -> None:
+        """Let the router take in what changed, so that its circuits can be asked."""
+        with contextlib.suppress(NoCandidate):
+            self.router.explain(now=self.now, service_id=service)
+
+    def forget_answer(self, peer_id: str, service: str) -> None:
+        if peer_id in self.peers:
+            self.peers[peer_id].answered.pop(service, None)
+
+    def offering(self, service: str, exclude: frozenset[str]) -> list[tuple[str, Peer, int, str]]:
+        """Return who is online and well: peer ID, peer, load, and what it answered."""
+        offering = []
         for peer_id in sorted(self.peers):
             peer = self.peers[peer_id]
             offer = peer.offers.get(service)
             if offer is None or not peer.online(self.now) or peer_id in exclude:
                 continue
             load = self.own[peer_id, service] + peer.others[service]
-            if peer.state == "up" and offer.healthy and not 0 < offer.limit <= load:
-                last_used = self.order.get(peer_id, 0)
-                able.append(
-                    ReplicaCandidate(
-                        peer_id, in_flight=load, last_used=last_used, available_vram=peer.vram
-                    )
+            answer, until = peer.answered.get(service, ("", 0.0))
+            answer = answer if self.now < until else ""
+            if peer.state == "up" and offer.healthy and answer != "draining":
+                at_limit = 0 < offer.limit <= load
+                offering.append((peer_id, peer, load, "full" if at_limit or answer else ""))
+        return offering
+
+    def able_if_pinned(self, service: str, exclude: frozenset[str]) -> set[str]:
+        return {p for p, _, _, full in self.offering(service, exclude) if not full}
+
+    def able(self, service: str, exclude: frozenset[str]) -> tuple[list[ReplicaCandidate], bool]:
+        """Return who can be picked, and whether somebody is full."""
+        able, crowded, any_full, any_proven = [], set(), False, False
+        for peer_id, peer, load, full in self.offering(service, exclude):
+            circuit = self.router.circuit(peer_id, service)
+            if circuit is not None and circuit.state_at(self.now) == "open":
+                continue
+            if full or (circuit is not None and circuit.in_trial):
+                any_full = True
+                continue
+            proven = self.successes[peer_id, service] == 3
+            any_proven = any_proven or proven
+            if self.own[peer_id, service] and not proven and peer_id != "self":
+                crowded.add(peer_id)
+            last_used = self.order.get(peer_id, 0)
+            able.append(
+                ReplicaCandidate(
+                    peer_id, in_flight=load, last_used=last_used, available_vram=peer.vram
                 )
-        return able
+            )
+        if any_proven:
+            able = [candidate for candidate in able if candidate.node_id not in crowded]
+        return able, any_full
 
     def picked(self, lease: Lease) -> None:
         self.leases.append(lease)
@@ -274,6 +346,15 @@ class RouterMachine(RuleBasedStateMachine):
             for service in SERVICES:
                 load = self.own[peer_id, service] + peer.others[service]
                 assert self.router.in_flight(peer_id, service) == load
+
+    @invariant()
+    def at_most_half_of_those_that_could_serve_are_put_aside(self) -> None:
+        for service in SERVICES:
+            self.look(service)
+            could = [peer_id for peer_id, *_ in self.offering(service, frozenset())]
+            circuits = [self.router.circuit(peer_id, service) for peer_id in could]
+            ejected = sum(c is not None and c.state_at(self.now) == "open" for c in circuits)
+            assert ejected <= len(could) // 2
 
     @invariant()
     def the_last_decisions_stand_newest_first(self) -> None:

@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Protocol
 
 import pytest
@@ -15,6 +16,7 @@ from meshnode.core.node_data import NodeData, ServiceData, State
 from meshnode.core.router import Router
 from meshnode.errors import TokenRefused
 from meshnode.metrics import Metrics
+from meshnode.net.ejections import tell_ejection
 from meshnode.net.federation_entry import EntryPoint, EntrySettings, choose_service
 from meshnode.net.federation_exit import ExitPoint
 from meshnode.net.gossip import Announcer, Hearer, announce_topic
@@ -55,6 +57,7 @@ class Node:
         self.refused: list[str] = []  # why clients were turned away
         self.ledger = Ledger(mesh.peer_id)
         self.router = Router(self.ledger, self_id=mesh.peer_id, policy="vram", rng=rng)
+        self.router.on_ejection(partial(tell_ejection, self.metrics))
         self.services = LocalServices(services, metrics=self.metrics)
         self.hearer = Hearer(
             self.ledger, self.router, open_sealed=mesh.open_sealed, metrics=self.metrics
