@@ -29,6 +29,7 @@ from meshnode.values import (
     parse_log_level,
     parse_network,
     parse_node_name,
+    parse_peer_list,
     parse_policy,
     parse_proxy_mode,
     parse_service_name,
@@ -64,6 +65,10 @@ class Config:
     token_file: str | None = None
     open: bool = False
     network: str | None = None  # only with ``open``; a token brings its own
+    allow_peers_file: str | None = None
+    allowed_peers: frozenset[str] | None = None  # peer IDs; None lets in whoever has the token
+    block_peers_file: str | None = None
+    blocked_peers: frozenset[str] = frozenset()
     listen: tuple[str, ...] = (DEFAULT_LISTEN,)
     announce_addr: tuple[str, ...] = ()
     bootstrap: tuple[str, ...] = ()
@@ -134,6 +139,10 @@ def resolve(
         token_file=read.optional("token_file", _path),
         open=read.switch("open", False),
         network=read.optional("network", parse_network),
+        allow_peers_file=read.optional("allow_peers_file", _path),
+        allowed_peers=_peer_list(read, "allow_peers_file", read_text),
+        block_peers_file=read.optional("block_peers_file", _path),
+        blocked_peers=_peer_list(read, "block_peers_file", read_text) or frozenset(),
         listen=read.many("listen", parse_listen, (DEFAULT_LISTEN,)),
         announce_addr=read.many("announce_addr", parse_announce_addr),
         bootstrap=read.many("bootstrap", parse_bootstrap),
@@ -162,7 +171,7 @@ def resolve(
 
 def field_names() -> tuple[str, ...]:
     """Return every setting that flags, environment and file may hold."""
-    derived = {"token_texts", "api_key", "sources", "warnings"}
+    derived = {"token_texts", "allowed_peers", "blocked_peers", "api_key", "sources", "warnings"}
     return tuple(entry.name for entry in fields(Config) if entry.name not in derived)
 
 
@@ -324,7 +333,7 @@ def _token_texts(read: _Reader, read_text: Callable[[str], str] | None) -> tuple
     entry = read.said.get("token_file")
     if entry is None:
         return ()
-    texts = split_tokens(_read_secret(read, "token_file", read_text))
+    texts = split_tokens(_read_text(read, "token_file", read_text))
     if not texts:
         read.fail("token_file", "holds no token; make one with: meshnode token new")
     return texts
@@ -346,10 +355,21 @@ def split_tokens(text: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _peer_list(
+    read: _Reader, key: str, read_text: Callable[[str], str] | None
+) -> frozenset[str] | None:
+    if key not in read.said:
+        return None
+    try:
+        return parse_peer_list(_read_text(read, key, read_text))
+    except ValueError as exc:
+        read.fail(key, str(exc))
+
+
 def _api_key(read: _Reader, read_text: Callable[[str], str] | None) -> str | None:
     if "api_key_file" not in read.said:
         return None
-    key = _read_secret(read, "api_key_file", read_text).strip()
+    key = _read_text(read, "api_key_file", read_text).strip()
     # 16 characters is what stands between the network and the control API.
     if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:
         read.fail(
@@ -360,7 +380,7 @@ def _api_key(read: _Reader, read_text: Callable[[str], str] | None) -> str | Non
     return key
 
 
-def _read_secret(read: _Reader, key: str, read_text: Callable[[str], str] | None) -> str:
+def _read_text(read: _Reader, key: str, read_text: Callable[[str], str] | None) -> str:
     if read_text is None:
         read.fail(key, "can't be read here")
     try:

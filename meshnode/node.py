@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -20,12 +20,14 @@ import trio
 from meshnode import __version__
 from meshnode.config import Config
 from meshnode.core import token as tokens
+from meshnode.core.belonging import Belonging, Membership
 from meshnode.errors import ConfigError, ListenFailed, MeshnodeError
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.gpu.probe import find_readers
 from meshnode.http import control_api, server
 from meshnode.http.unavailable import answer_unavailable
 from meshnode.metrics import Metrics
+from meshnode.net.discovery import discover_forever
 from meshnode.net.federation_entry import EntryPoint, EntrySettings
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import Identity, load_or_create_identity
@@ -41,6 +43,8 @@ _LAG_INTERVAL = 0.5  # seconds
 
 log = structlog.get_logger(__name__)
 
+# Hands over the settings each time that they change, until cancelled.
+WatchSettings = Callable[[Callable[[Config], None]], Awaitable[None]]
 OnReady = Callable[[dict[str, object]], None]
 
 
@@ -53,8 +57,9 @@ class Node:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.network, keys, bootstraps = _belonging(config)
-        self.fingerprint = tokens.network_fingerprint(keys[0])
+        self.network, belonging, bootstraps = _belonging(config)
+        self.fingerprint = tokens.network_fingerprint(belonging.keys[0])
+        self._membership = membership = Membership(belonging)
         self.identity = _identity(Path(config.state_dir))
         self._metrics = metrics = Metrics()
         metrics.build_info.labels(version=__version__, python=platform.python_version()).set(1)
@@ -63,7 +68,7 @@ class Node:
             identity=self.identity,
             listen=config.listen,
             announce_addrs=config.announce_addr,
-            keys=keys,
+            membership=membership,
             metrics=metrics,
         )
         self._peer_file = PeerFile(Path(config.state_dir) / FILE_NAME, self.network)
@@ -87,16 +92,14 @@ class Node:
             wall_time=time.time,
             known=self._peer_file.known,
         )
-        self._discoveries = [
-            Mdns(
-                peer_id=self.identity.peer_id,
-                fingerprint=tokens.network_fingerprint(key),
-                addrs=lambda: self._mesh.addrs,
-                on_found=lambda _, addrs: member.peering.found(addrs),
-                rng=rng,
-            )
-            for key in (keys if config.mdns else ())  # while keys are changed, there are two
-        ]
+        member.belong(membership)
+        self._make_mdns = lambda fingerprint: Mdns(
+            peer_id=self.identity.peer_id,
+            fingerprint=fingerprint,
+            addrs=lambda: self._mesh.addrs,
+            on_found=lambda _, addrs: member.peering.found(addrs),
+            rng=rng,
+        )
         self._view = LiveView(
             config,
             network=self.network,
@@ -165,9 +168,29 @@ class Node:
             await first_reading.wait()
         parts.start_soon(self._member.run_forever)
         parts.start_soon(self._peer_file.save_forever)
-        for discovery in self._discoveries:
-            await parts.start(discovery.run_forever)
+        if self.config.mdns:
+            parts.start_soon(discover_forever, self._membership, self._make_mdns)
         parts.start_soon(self._measure_lag_forever)
+
+    def take(self, config: Config) -> None:
+        """Let in and keep out by newer settings; the rest of them waits for a restart.
+
+        Raises:
+            ConfigError: they are of another network.
+        """
+        network, belonging, _ = _belonging(config)
+        if network != self.network:
+            raise ConfigError(
+                f"the token is of network {network}, and this node is in {self.network}; "
+                "restart it to change networks"
+            )
+        if self._membership.change(belonging):
+            log.info(
+                "belonging_changed",
+                keys=len(belonging.keys),
+                allowed=None if belonging.allowed is None else len(belonging.allowed),
+                blocked=len(belonging.blocked),
+            )
 
     async def _watch_gpu_forever(self, first_reading: trio.Event) -> None:
         async with trio.open_nursery() as nursery:
@@ -210,15 +233,23 @@ class Node:
         )
 
 
-async def run_node(config: Config, *, on_ready: OnReady) -> None:
+async def run_node(
+    config: Config, *, on_ready: OnReady, watch_settings: WatchSettings | None = None
+) -> None:
     """Run one node until cancelled; see ``Node.run``.
+
+    ``watch_settings`` is run beside it, and hands over the settings that changed.
 
     Raises:
         MeshnodeError: the one that ended it.
     """
     node = Node(config)
     try:
-        await node.run(on_ready)
+        async with trio.open_nursery() as nursery:
+            if watch_settings is not None:
+                nursery.start_soon(watch_settings, node.take)
+            await node.run(on_ready)
+            nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise _first_of(group) from group
 
@@ -231,15 +262,17 @@ def _first_of(error: BaseException) -> BaseException:
     return error
 
 
-def _belonging(config: Config) -> tuple[str, tuple[bytes, ...], tuple[str, ...]]:
-    """Return the network's name, the keys that prove membership, and where to join."""
+def _belonging(config: Config) -> tuple[str, Belonging, tuple[str, ...]]:
+    """Return the network's name, who belongs to it, and where to join."""
+    lists = (config.allowed_peers, config.blocked_peers)
     if config.open:
         network = config.network or "open"
-        return network, (tokens.open_network_key(network),), config.bootstrap
+        return network, Belonging((tokens.open_network_key(network),), *lists), config.bootstrap
     parsed = tokens.decode_all(config.token_texts)
     told = (addr for token in parsed for addr in token.bootstraps)
     bootstraps = tuple(dict.fromkeys((*config.bootstrap, *told)))
-    return parsed[0].network, tuple(token.key for token in parsed), bootstraps
+    keys = tuple(token.key for token in parsed)
+    return parsed[0].network, Belonging(keys, *lists), bootstraps
 
 
 def _identity(state_dir: Path) -> Identity:

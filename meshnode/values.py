@@ -22,6 +22,8 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# base58 of a hashed or an inlined public key
+_PEER_ID = re.compile(r"(12D3KooW|16Uiu2HA|Qm)[1-9A-HJ-NP-Za-km-z]{40,60}")
 _NETWORK = re.compile(r"[a-z0-9-]{1,32}")
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -238,6 +240,22 @@ def parse_listen(text: str) -> str:
     if addr.startswith("/dns"):
         raise ValueError("is a name; listen on an IP address, like /ip4/0.0.0.0/tcp/4201")
     return addr
+
+
+def parse_peer_list(text: str) -> frozenset[str]:
+    """Return the peer IDs of a file with one a line; what follows a # is a note."""
+    found = set()
+    for number, line in enumerate(text.splitlines(), start=1):
+        word = line.partition("#")[0].strip()
+        if not word:
+            continue
+        if not _PEER_ID.fullmatch(word):
+            raise ValueError(
+                f"has no peer ID in line {number}; write one a line, like 12D3KooW…, as "
+                "meshnode peers --json prints them"
+            )
+        found.add(word)
+    return frozenset(found)
 
 
 def parse_announce_addr(text: str) -> str:

@@ -58,6 +58,7 @@ class Ours:
     """meshnode's own host."""
 
     def __init__(self, handlers: dict[str, Handler], on_message: Callable[[], None] | None) -> None:
+        from meshnode.core.belonging import by_keys
         from meshnode.metrics import Metrics
         from meshnode.net.libp2p.host import Libp2pMesh
         from meshnode.net.libp2p.identity import ephemeral_identity
@@ -66,7 +67,7 @@ class Ours:
         self.mesh = Libp2pMesh(
             identity=ephemeral_identity(),
             listen=("/ip4/127.0.0.1/tcp/0",),
-            keys=(bytes(32),),
+            membership=by_keys((bytes(32),)),
             metrics=Metrics(),
         )
         for protocol_id, handler in handlers.items():

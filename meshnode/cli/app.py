@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from meshnode import __version__
-from meshnode.cli import demo, doctor, gpus, ping, queries, settings, swarm, token, top, up
+from meshnode.cli import (
+    demo,
+    doctor,
+    gpus,
+    ping,
+    queries,
+    settings,
+    swarm,
+    token,
+    token_rotate,
+    top,
+    up,
+)
 
 _COMPLETION_VARIABLE = "_MESHNODE_COMPLETE"
 
@@ -46,6 +58,7 @@ def build_app(argv: Sequence[str]) -> typer.Typer:
     tokens = _group(bare=completing or len(argv) < 2 or argv[1].startswith("-"), nested=True)
     tokens.command("new")(token.new)
     tokens.command("show")(token.show)
+    tokens.command("rotate")(token_rotate.rotate)
     app.add_typer(tokens, name="token", help="Make a token, or see what one says.")
     configs = _group(bare=completing or len(argv) < 2 or argv[1].startswith("-"), nested=True)
     configs.command("show", context_settings=settings.FLAGS_OF_UP)(settings.show)

@@ -214,6 +214,7 @@ def _bootstraps(settings: Config) -> Iterator[Finding]:
 
 async def _try_bootstrap(addr: str, keys: tuple[bytes, ...]) -> Finding:
     """Join there as a passer-by of no name, and leave at once."""
+    from meshnode.core.belonging import by_keys
     from meshnode.metrics import Metrics
     from meshnode.net.libp2p.host import Libp2pMesh
     from meshnode.net.libp2p.identity import ephemeral_identity
@@ -221,7 +222,7 @@ async def _try_bootstrap(addr: str, keys: tuple[bytes, ...]) -> Finding:
     mesh = Libp2pMesh(
         identity=ephemeral_identity(),
         listen=("/ip4/127.0.0.1/tcp/0",),
-        keys=keys,
+        membership=by_keys(keys),
         metrics=Metrics(),
     )
     began = trio.current_time()

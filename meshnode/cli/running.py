@@ -20,12 +20,17 @@ from meshnode.errors import MeshnodeError
 
 _log = structlog.get_logger(__name__)
 
+# Between two looks at the files that say who belongs.
+_LOOK_INTERVAL = 0.5  # seconds
+
 # A proxy needs two descriptors for each client; the usual soft limit of 1,024 is soon reached.
 _FILE_LIMIT = 65_536
 
 
-def run_node_here(config: Config) -> int:
+def run_node_here(config: Config, read_again: Callable[[], Config]) -> int:
     """Run a node until a signal or its own end; return the exit code.
+
+    ``read_again`` is asked for the settings when a file that says who belongs has changed.
 
     Raises:
         MeshnodeError: the node can't run; unless the log is JSON, where it is a log line.
@@ -37,7 +42,12 @@ def run_node_here(config: Config) -> int:
 
     from meshnode.node import run_node
 
-    run = partial(run_node, config, on_ready=partial(announce_ready, config))
+    run = partial(
+        run_node,
+        config,
+        on_ready=partial(announce_ready, config),
+        watch_settings=partial(follow_belonging_forever, config, read_again),
+    )
     try:
         return trio.run(run_until_signalled, run)
     except BaseExceptionGroup as group:
@@ -47,6 +57,35 @@ def run_node_here(config: Config) -> int:
         return _end_with(error, config)
     except MeshnodeError as error:
         return _end_with(error, config)
+
+
+async def follow_belonging_forever(
+    config: Config, read_again: Callable[[], Config], take: Callable[[Config], None]
+) -> None:
+    """Hand over the settings each time that a token or a list of peers was written anew."""
+    paths = (config.token_file, config.allow_peers_file, config.block_peers_file)
+    watched = [path for path in paths if path is not None and path != "-"]
+    seen = [_stamp(path) for path in watched]
+    while watched:
+        await trio.sleep(_LOOK_INTERVAL)
+        now = [_stamp(path) for path in watched]
+        if now == seen:
+            continue
+        seen = now
+        try:
+            take(read_again())
+        except MeshnodeError as exc:
+            _log.warning(
+                "settings_not_taken", error=str(exc), advice="what held before goes on holding"
+            )
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 async def run_until_signalled(run: Callable[[], Awaitable[None]]) -> int:

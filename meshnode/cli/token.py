@@ -42,13 +42,17 @@ def show(
         str | None, typer.Argument(help="The token's file, or - for standard input.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    qr: Annotated[
+        bool,
+        typer.Option("--qr", help="Show the token itself, key and all, as a QR code to scan."),
+    ] = False,
 ) -> None:
-    """Show what a token says: network and bootstraps, never the key.
+    """Show what a token says: network and bootstraps, never the key (but for --qr).
 
     Without FILE it is MESHNODE_TOKEN, then the file that MESHNODE_TOKEN_FILE names, then
     standard input.
     """
-    from meshnode.core.token import decode
+    from meshnode.core.token import decode, encode
 
     # Several, while a network's key is being changed: the first is the newest.
     tokens = [decode(text) for text in split_tokens(_token_text(file))]
@@ -62,6 +66,9 @@ def show(
         }
         for token in tokens
     ]
+    if qr:
+        _print_qr(encode(tokens[0]))
+        return
     if as_json:
         print_json({"schema_version": 1, **shown[0], "older": shown[1:]})
         return
@@ -70,6 +77,20 @@ def show(
         print(f"fingerprint  {token.fingerprint()}")
         for addr in token.bootstraps or ("none; say --bootstrap, or rely on mDNS",):
             print(f"bootstrap    {plain(addr)}")
+
+
+def _print_qr(text: str) -> None:
+    """Print a QR code of half blocks; it is the secret itself, so it is said aloud."""
+    import segno
+
+    say("Whoever scans this is a member of the mesh.")
+    try:
+        segno.make(text, error="l", micro=False).terminal(compact=True)
+    except segno.DataOverflowError as exc:
+        raise ConfigError(
+            "the token is too long for a QR code; make one with fewer bootstrap addresses"
+        ) from exc
+    sys.stdout.flush()
 
 
 def _checked(flag: str, text: str) -> str:

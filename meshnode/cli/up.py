@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -29,6 +30,13 @@ def up(
     ] = None,
     network: Annotated[
         str | None, typer.Option(metavar="NAME", help="The name of an open mesh.")
+    ] = None,
+    allow_peers_file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Let in these alone: a peer ID a line."),
+    ] = None,
+    block_peers_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keep these out: a peer ID a line.")
     ] = None,
     listen: Annotated[
         list[str] | None,
@@ -99,11 +107,12 @@ def up(
     Every flag is also an environment variable (MESHNODE_LISTEN) and a key of the --config file
     (listen). A flag goes before the environment, that before the file.
     """
-    settings = read_settings(flags_of(context.params), config)
+    flags = flags_of(context.params)
+    settings = read_settings(flags, config)
 
     from meshnode.cli.running import run_node_here
 
-    raise typer.Exit(run_node_here(settings))
+    raise typer.Exit(run_node_here(settings, partial(read_settings, flags, config)))
 
 
 def flags_of(params: Mapping[str, object]) -> dict[str, object]:

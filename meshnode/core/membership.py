@@ -43,6 +43,7 @@ KEY_ID_BYTES = 8
 MAX_KEYS = 8  # a rotation needs two; the rest is room for several rotations at once
 
 WRONG_TOKEN = "wrong_token"
+BLOCKED = "blocked"
 
 ERROR_CODES = FRAME_ERROR_CODES | {"unknown_type", "unexpected_message"}
 
@@ -183,14 +184,15 @@ class _Side:
         self._peer_id = peer_id
         self._nonce = nonce
         self._outcome: Outcome | None = None
+        self._key_id: bytes | None = None  # of the key that was chosen
 
     @property
     def outcome(self) -> Outcome | None:
         """How it ended; None while a message is awaited. Send the last reply before acting."""
         return self._outcome
 
-    def check(self) -> None:
-        """Return if the other side is a member.
+    def check(self) -> bytes:
+        """Return the ID of the key by which the other side proved to be a member.
 
         Raises:
             TokenRefused: this side has refused it.
@@ -200,6 +202,8 @@ class _Side:
             raise WireError("truncated", "the membership exchange did not finish")
         if self._outcome == "refused":
             raise TokenRefused(f"peer {self._peer_id} holds another token than this node")
+        assert self._key_id is not None  # nobody becomes a member without one
+        return self._key_id
 
     def _refuse(self, message: str) -> Refusal:
         self._outcome = "refused"
@@ -256,6 +260,7 @@ class DiallerSide(_Side):
         if not hmac.compare_digest(challenge.proof, exchange.listener_proof(key)):
             return self._refuse("the listener's proof is wrong")
         self._has_proven = True
+        self._key_id = challenge.key_id
         return Proof(proof=exchange.dialler_proof(key))
 
 
@@ -292,6 +297,7 @@ class ListenerSide(_Side):
             if identifier in offered:
                 self._expected_proof = exchange.dialler_proof(key)
                 proof = exchange.listener_proof(key)
+                self._key_id = identifier
                 return Challenge(nonce=self._nonce, key_id=identifier, proof=proof)
         return self._refuse("this mesh has another token")
 

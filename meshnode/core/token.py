@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from pydantic import Field
 
+from meshnode.core.membership import MAX_KEYS
 from meshnode.core.wire import Text256, WireModel, decode_model, encode_model
 from meshnode.errors import TokenInvalid, WireError
 
@@ -100,8 +101,13 @@ def decode_all(texts: Sequence[str]) -> tuple[Token, ...]:
     """Return what several tokens of one network say, in their order: the first is the newest.
 
     Raises:
-        TokenInvalid: one of them is no token, or they are of several networks.
+        TokenInvalid: one of them is no token, they are of several networks, or too many.
     """
+    if len(texts) > MAX_KEYS:
+        raise TokenInvalid(
+            f"{len(texts)} tokens are more than the {MAX_KEYS} that can be valid at a time; "
+            "keep the newest"
+        )
     found = tuple(decode(text) for text in texts)
     networks = sorted({token.network for token in found})
     if len(networks) > 1:

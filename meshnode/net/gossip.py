@@ -77,6 +77,8 @@ class Hearer:
         on_own_seq: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.on_own_seq = on_own_seq
+        # peer ID -> why nothing that this peer says is heard; None if it is
+        self.objection: Callable[[str], str | None] = lambda _: None
         self._ledger = ledger
         self._router = router
         self._open_sealed = open_sealed
@@ -138,6 +140,9 @@ class Hearer:
         signer, payload = self._open_sealed(envelope)
         if sender is not None and signer != sender:
             raise WireError("wrong_signer", f"sent by {sender}, but signed by {signer}")
+        kept_out = self.objection(signer)
+        if kept_out is not None:
+            raise WireError("blocked", kept_out)
         return decode_signed(signer, payload)
 
     def _observe(self, node: NodeData, envelope: bytes, now: float, age: float) -> Observation:

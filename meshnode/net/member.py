@@ -15,6 +15,7 @@ from typing import Protocol
 import trio
 
 from meshnode.core import budget
+from meshnode.core.belonging import Belonging, Membership
 from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
 from meshnode.core.node_data import MAX_ADDRS, NODE_ONLINE_WINDOW, NodeData, ServiceData, State
@@ -119,6 +120,17 @@ class Member:
         )
         ExitPoint(mesh, self.services, free_vram=self._free_vram, metrics=metrics)
         self.upstreams = Upstreams(mesh, self.router, self.peering, self.services, metrics=metrics)
+
+    def belong(self, membership: Membership) -> None:
+        """Hear only from peers that are not kept out, from now on and after each change."""
+        self.hearer.objection = lambda peer_id: membership.now.objection(peer_id)
+        membership.watch(lambda: self._part_with_strangers(membership.now))
+
+    def _part_with_strangers(self, belonging: Belonging) -> None:
+        for entry in self.ledger.entries():
+            why = belonging.objection(entry.peer_id)
+            if why is not None and entry.peer_id != self._mesh.peer_id:
+                self.peering.part_with(entry.peer_id, why)
 
     async def run_forever(self) -> None:
         """Announce, hear and keep links until cancelled. Start it once the mesh runs.

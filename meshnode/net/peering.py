@@ -133,6 +133,10 @@ class Peering:
         """Take a peer out of the candidates at once: a stream to it could not be opened."""
         self._liveness.take_out(peer_id, "open_failed", error)
 
+    def part_with(self, peer_id: str, why: str) -> None:
+        """Take a peer out of the candidates that is kept out from now on."""
+        self._liveness.take_out(peer_id, "blocked", why)
+
     def found(self, addrs: tuple[str, ...]) -> None:
         """Dial a peer that another discovery found, unless links are enough; never waits.
 

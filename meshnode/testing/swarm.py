@@ -21,6 +21,7 @@ from typing import Literal, TypeAlias
 
 import trio
 
+from meshnode.core.belonging import by_keys
 from meshnode.core.node_data import NODE_ONLINE_WINDOW
 from meshnode.errors import ConfigError
 from meshnode.metrics import Metrics
@@ -209,7 +210,7 @@ class Swarm:
         return Libp2pMesh(
             identity=ephemeral_identity(self._identity_seed(node)),
             listen=(listen,),
-            keys=(_KEY,),
+            membership=by_keys((_KEY,)),
             metrics=Metrics(),
         )
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import pytest
 import trio
 
+from meshnode.core.belonging import by_keys
 from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
 from meshnode.core.node_data import NodeData, ServiceData, State
@@ -202,7 +203,7 @@ def make_libp2p_node() -> MakeNode:
         mesh = Libp2pMesh(
             identity=ephemeral_identity(),
             listen=("/ip4/127.0.0.1/tcp/0",),
-            keys=tuple(keys),
+            membership=by_keys(tuple(keys)),
             metrics=Metrics(),
         )
         return Node(mesh, name, **options)  # type: ignore[arg-type]
@@ -256,7 +257,7 @@ def libp2p_meshes() -> Callable[..., AbstractAsyncContextManager[list[Mesh]]]:
             Libp2pMesh(
                 identity=ephemeral_identity(),
                 listen=("/ip4/127.0.0.1/tcp/0",),
-                keys=keys[number] if keys else (KEY,),
+                membership=by_keys(keys[number] if keys else (KEY,)),
                 metrics=Metrics(),
             )
             for number in range(count)

@@ -13,7 +13,8 @@ from functools import partial
 
 import trio
 
-from meshnode.core.membership import Refusal
+from meshnode.core.belonging import Membership
+from meshnode.core.membership import BLOCKED, Refusal
 from meshnode.errors import (
     MeshnodeError,
     PeerRefused,
@@ -35,6 +36,7 @@ from meshnode.net.libp2p.membership import (
     prove_as_listener,
 )
 from meshnode.net.libp2p.remedies import ForeignError
+from meshnode.net.libp2p.renewal import Renewal
 from meshnode.net.libp2p.stream import Libp2pStream
 from meshnode.net.libp2p.swarm import MeshConn, MeshSwarm, open_negotiated
 from meshnode.net.libp2p.tcp import TcpAddr, TcpStream, open_tcp, tune
@@ -53,7 +55,7 @@ class Gate:
         links: Links,
         *,
         own_id: str,
-        keys: tuple[bytes, ...],
+        membership: Membership,
         limits: Limits,
         metrics: Metrics,
         admit: Callable[[MeshConn], None],
@@ -61,11 +63,12 @@ class Gate:
         self._swarm = swarm
         self._links = links
         self._own_id = own_id
-        self._keys = keys
+        self._membership = membership
         self._limits = limits
         self._metrics = metrics
         self._admit = admit
         self._door = Door(limits)
+        self._renewal = Renewal(swarm, links, membership, own_id=own_id, limits=limits)
         self._proving: dict[str, MeshConn] = {}  # by peer, where this side decides
         self._dial_locks: dict[str, trio.Lock] = {}
 
@@ -142,17 +145,24 @@ class Gate:
                     await conn.close("no room for connections without proof of membership")
 
     async def answer_membership(self, conn: MeshConn, stream: Libp2pStream) -> None:
-        """Run the listening side of the exchange on one pending connection."""
+        """Run the listening side of the exchange on one connection, pending or a member's."""
+        if conn.is_member:
+            await self._renewal.answer(conn, stream)
+            return
         error: MeshnodeError | None = None
         try:
-            await prove_as_listener(
-                stream, self._keys, self._own_id, objection=partial(self._objection, conn)
+            conn.proven_by = await prove_as_listener(
+                stream,
+                self._membership.now.keys,
+                self._own_id,
+                objection=partial(self._objection, conn),
             )
             self._take_as_member(conn)
         except MeshnodeError as exc:
             error = exc
         finally:
             self._release_slot(conn)
+            conn.is_proving = False  # done, one way or the other; a member may prove anew
         self._count_membership(outcome_label(error))
         if error is not None:
             await await_farewell(stream, self._limits.farewell_timeout)
@@ -163,6 +173,9 @@ class Gate:
 
     async def _objection(self, conn: MeshConn) -> Refusal | None:
         """Say why this connection can't be taken, token aside."""
+        kept_out = self._membership.now.objection(conn.peer_id)
+        if kept_out is not None:
+            return Refusal(code=BLOCKED, message=kept_out)
         older = self._links.get(conn.peer_id)
         if older is None and len(self._links) >= self._limits.max_links:
             return Refusal(code=_TOO_MANY, message="this node has all the links it can have")
@@ -193,6 +206,9 @@ class Gate:
             PeerUnreachable, TokenRefused: as ``Mesh.dial``.
         """
         where = f"{peer_id} at {endpoint.multiaddr}"
+        kept_out = self._membership.now.objection(peer_id)
+        if kept_out is not None:
+            raise PeerUnreachable(f"{peer_id} is not dialled: {kept_out}")
         with trio.move_on_after(timeout) as scope:
             async with self._only_dial_to(peer_id):
                 if self._links.get(peer_id) is None:
@@ -240,7 +256,9 @@ class Gate:
                 muxed, _ = await open_negotiated(conn, (PROTOCOL_ID,))
                 stream = Libp2pStream(muxed, peer_id, PROTOCOL_ID)
                 try:
-                    await prove_as_dialler(stream, self._keys, self._own_id)
+                    conn.proven_by = await prove_as_dialler(
+                        stream, self._membership.now.keys, self._own_id
+                    )
                     self._take_as_member(conn)
                 except TokenRefused:
                     await stream.send_eof()
@@ -287,6 +305,12 @@ class Gate:
     def _take_as_member(self, conn: MeshConn) -> None:
         if conn.is_closed:
             raise PeerRefused("the connection ended while membership was being proven")
+        belonging = self._membership.now
+        if conn.proven_by is None or not belonging.holds(conn.proven_by):
+            raise PeerRefused("the key was withdrawn while membership was being proven")
+        kept_out = belonging.objection(conn.peer_id)
+        if kept_out is not None:
+            raise PeerRefused(kept_out)
         self._admit(conn)
 
     def _release_slot(self, conn: MeshConn) -> None:

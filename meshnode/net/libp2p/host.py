@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from meshnode.core.belonging import Membership
 from meshnode.errors import ConfigError, PeerUnreachable, StreamReset, WireError
 from meshnode.metrics import Metrics
 from meshnode.net.libp2p import addrs as own_addrs
@@ -35,7 +36,7 @@ class Libp2pMesh:
         *,
         identity: Identity,
         listen: tuple[str, ...],
-        keys: tuple[bytes, ...],
+        membership: Membership,
         metrics: Metrics,
         announce_addrs: tuple[str, ...] = (),
         limits: Limits = DEFAULT_LIMITS,
@@ -45,7 +46,7 @@ class Libp2pMesh:
         Args:
             identity: who this node is.
             listen: multiaddrs such as ``/ip4/0.0.0.0/tcp/4001``; port 0 is any free one.
-            keys: the 32-byte keys that prove membership, the preferred one first.
+            membership: who belongs; a change takes effect on live connections at once.
             metrics: where faults and memberships are counted.
             announce_addrs: what to give out instead of the addresses listened on.
             limits: every bound and wait.
@@ -74,7 +75,7 @@ class Libp2pMesh:
             self._swarm,
             self._links,
             own_id=identity.peer_id,
-            keys=keys,
+            membership=membership,
             limits=limits,
             metrics=metrics,
             admit=self._admit,

@@ -21,8 +21,8 @@ class DuplicateConnection(PeerRefused):
     """The peer says that the two of us are connected already."""
 
 
-async def prove_as_dialler(stream: MeshStream, keys: tuple[bytes, ...], own_id: str) -> None:
-    """Prove membership to the peer that was dialled, and have it proven.
+async def prove_as_dialler(stream: MeshStream, keys: tuple[bytes, ...], own_id: str) -> bytes:
+    """Prove membership to the peer that was dialled, and have it proven; return the key's ID.
 
     Raises:
         TokenRefused: the tokens differ.
@@ -42,7 +42,7 @@ async def prove_as_dialler(stream: MeshStream, keys: tuple[bytes, ...], own_id: 
         if reply is not None:
             await channel.send(reply)
     await stream.send_eof()
-    side.check()
+    return side.check()
 
 
 async def prove_as_listener(
@@ -51,8 +51,8 @@ async def prove_as_listener(
     own_id: str,
     *,
     objection: Callable[[], Awaitable[protocol.Refusal | None]],
-) -> None:
-    """Have the dialling peer prove membership, and prove it in turn.
+) -> bytes:
+    """Have the dialling peer prove membership, and prove it in turn; return the key's ID.
 
     ``objection`` is asked once the peer has spoken: a reason of ours, other than the token, not to
     take this connection.
@@ -76,7 +76,7 @@ async def prove_as_listener(
             break
         reply = side.receive(await channel.receive())
     await stream.send_eof()
-    side.check()
+    return side.check()
 
 
 async def await_farewell(stream: MeshStream, timeout: float) -> None:

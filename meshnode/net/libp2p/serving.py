@@ -77,8 +77,9 @@ class Serving:
         while True:
             wanted = await responder.next_proposal()
             if wanted == MEMBERSHIP:
-                # Once, and only from the side that dialled: it speaks first.
-                served = not (conn.dialled or conn.is_member or conn.is_proving)
+                # One at a time. Only the side that dialled speaks first, until both are members:
+                # then either may ask for a proof by another key.
+                served = not conn.is_proving and (conn.is_member or not conn.dialled)
                 conn.is_proving = conn.is_proving or served
             else:
                 if not await self._is_member(conn):

@@ -58,6 +58,7 @@ class MeshConn(SwarmConn):
         self.dialled = dialled
         self.since = trio.current_time()  # of membership, once it is settled
         self.is_member = False
+        self.proven_by: bytes | None = None  # the ID of the key that membership was proven with
         self.is_proving = False  # the other side has begun the membership exchange
         self.settled = trio.Event()  # membership is proven, or the connection is gone
         self.waiting_streams = 0
@@ -250,6 +251,11 @@ class MeshSwarm(Swarm):
         """Close one connection without waiting for it."""
         if self._nursery is not None:
             self._nursery.start_soon(conn.close, reason)
+
+    def start_soon(self, task: Callable[[MeshConn], Awaitable[None]], conn: MeshConn) -> None:
+        """Run a task on one connection for as long as this carries any."""
+        if self._nursery is not None:
+            self._nursery.start_soon(task, conn)
 
     async def close_all(self, reason: str) -> None:
         """Close every connection, all at the same time."""

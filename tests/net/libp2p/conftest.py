@@ -8,6 +8,7 @@ import structlog
 import trio
 from structlog.typing import EventDict
 
+from meshnode.core.belonging import by_keys
 from meshnode.metrics import Metrics
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import ephemeral_identity
@@ -52,16 +53,17 @@ def make_node() -> MakeNode:
         limits: Limits = DEFAULT_LIMITS,
         announce_addrs: tuple[str, ...] = (),
     ) -> Node:
-        metrics = Metrics()
+        metrics, membership = Metrics(), by_keys(keys)
         node = Node(
             identity=ephemeral_identity(seed),
             listen=listen,
-            keys=keys,
+            membership=membership,
             metrics=metrics,
             limits=limits,
             announce_addrs=announce_addrs,
         )
         node.metrics = metrics
+        node.membership = membership
         node.events = []
         node.watch_links(node.events.append)
         return node

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from meshnode.errors import PeerUnreachable, StreamReset, TokenRefused
+from meshnode.errors import PeerRefused, PeerUnreachable, StreamReset, TokenRefused
 from meshnode.net.libp2p import membership
 from meshnode.net.libp2p.limits import Limits
 from meshnode.net.libp2p.negotiate import propose
@@ -163,13 +163,29 @@ async def test_streams_that_wait_for_membership_are_few(make_node, run_nodes):
                 await conn.close()
 
 
-async def test_membership_is_answered_once_and_only_to_who_dialled(make_node, run_nodes):
+async def test_between_members_one_renewal_at_a_time_is_answered_whoever_dialled(
+    make_node, run_nodes
+):
     one, two = make_node(), make_node()
-    with trio.fail_after(5):
+    with trio.fail_after(10):
         async with run_nodes(one, two):
             for node, other in ((one, two), (two, one)):
-                with pytest.raises(Exception, match="does not serve"):
+                first = await node.open_stream(other.peer_id, membership.PROTOCOL_ID, timeout=1)
+                with pytest.raises(PeerRefused, match="does not serve"):
                     await node.open_stream(other.peer_id, membership.PROTOCOL_ID, timeout=1)
+                await membership.prove_as_dialler(first, (KEY,), node.peer_id)
+                await first.aclose()
+                assert node.links() and other.links()
+
+
+async def test_a_member_that_proves_nothing_anew_is_cut_off(make_node, run_nodes):
+    one, two = make_node(limits=Limits(membership_timeout=0.2)), make_node()
+    with trio.fail_after(10):
+        async with run_nodes(one, two):
+            await two.open_stream(one.peer_id, membership.PROTOCOL_ID, timeout=1)
+            while one.links():
+                await trio.lowlevel.checkpoint()
+            assert "not proven anew" in one.events[-1].reason
 
 
 @pytest.mark.parametrize(

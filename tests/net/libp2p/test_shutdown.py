@@ -102,6 +102,7 @@ async def test_a_node_cancelled_while_it_starts_leaves_its_port_free(make_node):
 
 PROGRAM = """
 import logging, sys, trio
+from meshnode.core.belonging import by_keys
 from meshnode.metrics import Metrics
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import ephemeral_identity
@@ -109,7 +110,7 @@ from meshnode.net.libp2p.identity import ephemeral_identity
 async def main():
     mesh = Libp2pMesh(
         identity=ephemeral_identity(), listen=("/ip4/127.0.0.1/tcp/0",),
-        keys=(b"k" * 32,), metrics=Metrics(),
+        membership=by_keys((b"k" * 32,)), metrics=Metrics(),
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(mesh.run_forever)
