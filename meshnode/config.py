@@ -17,16 +17,19 @@ from meshnode.values import (
     MAX_EXPOSED,
     MAX_NAME,
     ExposedService,
+    HealthCheck,
     HostPort,
     parse_announce_addr,
     parse_bool,
     parse_bootstrap,
     parse_duration,
     parse_exposed_service,
+    parse_health,
     parse_host_port,
     parse_listen,
     parse_log_format,
     parse_log_level,
+    parse_max_in_flight,
     parse_network,
     parse_node_name,
     parse_peer_list,
@@ -48,6 +51,8 @@ DEFAULT_OPEN_NETWORK = "open"
 ONLINE_WINDOW_BOUNDS = (10.0, 3600.0)
 # Announcing faster than once a second would make GossipSub's own counter outrun its clock.
 ANNOUNCE_INTERVAL_BOUNDS = (1.0, 1800.0)
+# A day: longer than any answer takes; a node that is to go must go some time.
+DRAIN_GRACE_BOUNDS = (0.0, 86_400.0)
 
 # Settings that name where other settings stand; they are no fields of Config.
 _POINTERS = frozenset({"config"})
@@ -74,6 +79,9 @@ class Config:
     bootstrap: tuple[str, ...] = ()
     mdns: bool = True
     expose: tuple[ExposedService, ...] = ()
+    health: tuple[tuple[str, HealthCheck], ...] = ()  # by service; "auto" where none is named
+    max_in_flight: tuple[tuple[str, int], ...] = ()  # by service; no limit where none is named
+    drain_grace: float = 30.0  # seconds
     proxy: HostPort | None = None
     proxy_mode: Literal["tcp"] = "tcp"
     service: str | None = None
@@ -148,6 +156,9 @@ def resolve(
         bootstrap=read.many("bootstrap", parse_bootstrap),
         mdns=read.switch("mdns", True),
         expose=read.many("expose", parse_exposed_service),
+        health=read.many("health", parse_health),
+        max_in_flight=read.many("max_in_flight", parse_max_in_flight),
+        drain_grace=read.one("drain_grace", parse_duration, 30.0),
         proxy=read.optional("proxy", _proxy),
         proxy_mode=read.one("proxy_mode", parse_proxy_mode, "tcp"),
         service=read.optional("service", parse_service_name),
@@ -431,6 +442,7 @@ def _check_times(config: Config) -> None:
     for key, bounds in (
         ("announce_interval", ANNOUNCE_INTERVAL_BOUNDS),
         ("online_window", ONLINE_WINDOW_BOUNDS),
+        ("drain_grace", DRAIN_GRACE_BOUNDS),
     ):
         value: float = getattr(config, key)
         if not bounds[0] <= value <= bounds[1]:
@@ -490,4 +502,22 @@ def _check_exposed(config: Config) -> None:
             raise ConfigError(
                 f"expose={service} from {config.sources['expose']} uses the name of {other}; "
                 "give each service its own name"
+            )
+    _check_of_exposed(config, "health", [name for name, _ in config.health])
+    _check_of_exposed(config, "max_in_flight", [name for name, _ in config.max_in_flight])
+
+
+def _check_of_exposed(config: Config, key: str, names: Sequence[str]) -> None:
+    """Check a setting that says something once of each of some exposed services."""
+    exposed = [service.name for service in config.expose]
+    for place, name in enumerate(names):
+        if name not in exposed:
+            known = f"exposed are: {', '.join(exposed)}" if exposed else "nothing is exposed"
+            raise ConfigError(
+                f"{key} from {config.sources[key]} names the service {name}, which is not exposed; "
+                f"{known}"
+            )
+        if name in names[:place]:
+            raise ConfigError(
+                f"{key} from {config.sources[key]} names the service {name} twice; leave one off"
             )

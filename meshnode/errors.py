@@ -12,6 +12,7 @@
     │   ├── TokenRefused        the peer, or we, don't accept the other's token (exit 5)
     │   ├── StreamReset         a stream or its connection was cut: what was read is not whole
     │   └── StreamClosed        our own bug or shutdown: the stream was already closed here
+    ├── ProbeFailed             a service of this host does not answer as it should
     ├── NoCandidate             nobody can serve the request (exit 4)
     │   ├── UnknownModel        nobody has the model that it names; ``near`` lists like names
     │   ├── AllFull             those who could are all full just now: wait, or come back
@@ -87,6 +88,18 @@ class StreamReset(MeshError):
 
 class StreamClosed(MeshError):
     """The stream was already closed on this side."""
+
+
+class ProbeFailed(MeshnodeError):
+    """A service of this host does not answer as it should.
+
+    ``is_certain`` where the service itself said so, or nothing listens there; not where it was
+    late or unreadable, which a busy one may be.
+    """
+
+    def __init__(self, message: str, *, is_certain: bool) -> None:
+        super().__init__(message)
+        self.is_certain = is_certain
 
 
 class NoCandidate(MeshnodeError):

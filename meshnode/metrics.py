@@ -48,6 +48,12 @@ class Metrics:
             ["service"],
             registry=registry,
         )
+        self.service_healthy = Gauge(
+            "meshnode_service_healthy",
+            "1 while a service of this host answers as it should, else 0",
+            ["service"],
+            registry=registry,
+        )
         self.routing_decisions = Counter(
             "meshnode_routing_decisions_total",
             "Peers picked, by the tier that decided",

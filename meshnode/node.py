@@ -36,6 +36,7 @@ from meshnode.net.mdns import Mdns
 from meshnode.net.member import Member, MemberSettings
 from meshnode.net.peer_file import FILE_NAME, PeerFile
 from meshnode.node_view import LiveView
+from meshnode.values import AUTO
 
 # A first announcement should carry the free memory; a driver slower than this is not waited for.
 _FIRST_READING = 1.0  # seconds
@@ -81,7 +82,7 @@ class Node:
                 name=config.name,
                 version=__version__,
                 bootstraps=bootstraps,
-                services=tuple(LocalService(s.name, s.host, s.port) for s in config.expose),
+                services=_services(config),
                 policy=config.policy,
                 announce_interval=config.announce_interval,
                 online_window=config.online_window,
@@ -273,6 +274,20 @@ def _belonging(config: Config) -> tuple[str, Belonging, tuple[str, ...]]:
     bootstraps = tuple(dict.fromkeys((*config.bootstrap, *told)))
     keys = tuple(token.key for token in parsed)
     return parsed[0].network, Belonging(keys, *lists), bootstraps
+
+
+def _services(config: Config) -> tuple[LocalService, ...]:
+    checks, limits = dict(config.health), dict(config.max_in_flight)
+    return tuple(
+        LocalService(
+            s.name,
+            s.host,
+            s.port,
+            max_in_flight=limits.get(s.name, 0),
+            check=checks.get(s.name, AUTO),
+        )
+        for s in config.expose
+    )
 
 
 def _identity(state_dir: Path) -> Identity:

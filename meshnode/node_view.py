@@ -67,7 +67,6 @@ class LiveView:
         now = trio.current_time()
         gpu = self._gpu.latest
         config = self._config
-        me = self._member.ledger.get(self._mesh.peer_id)
         offered = self._member.ledger.services_online(now)
         only = offered[0] if len(offered) == 1 else None
         return views.status_view(
@@ -94,7 +93,8 @@ class LiveView:
                 peers_known=len(self._member.ledger),
                 links=len(self._mesh.links()),
                 missing=self.readiness()[1],
-                services=me.node.services if me else (),
+                services=self._member.services.announced(),
+                reasons=self._member.services.unhealthy(),
             )
         )
 
@@ -150,9 +150,8 @@ class LiveView:
         if not self._member.peering.joined.is_set():
             missing.append("not joined: no bootstrap answered yet")
         missing += [
-            f"service {service.name} at {service.host}:{service.port} does not accept connections"
-            for service in self._config.expose
-            if not self._member.services.is_healthy(service.name)
+            f"service {name} is not well: {reason}"
+            for name, reason in self._member.services.unhealthy().items()
         ]
         return not missing, missing
 

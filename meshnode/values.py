@@ -25,6 +25,8 @@ _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # base58 of a hashed or an inlined public key
 _PEER_ID = re.compile(r"(12D3KooW|16Uiu2HA|Qm)[1-9A-HJ-NP-Za-km-z]{40,60}")
 _NETWORK = re.compile(r"[a-z0-9-]{1,32}")
+# A path of a request: visible ASCII, so that nothing in it can end the request line.
+_PATH = re.compile(r"/[!-~]{0,255}")
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -63,6 +65,24 @@ class ExposedService:
 
     def __str__(self) -> str:
         return f"{self.name}={HostPort(self.host, self.port)}"
+
+
+HealthKind = Literal["auto", "tcp", "http", "ollama", "openai", "llamacpp", "vllm", "off"]
+_HEALTH_KINDS = ("auto", "tcp", "ollama", "openai", "llamacpp", "vllm", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    """How a service is asked whether it is well; ``auto`` finds out what it is."""
+
+    kind: HealthKind = "auto"
+    path: str = ""  # of "http" alone
+
+    def __str__(self) -> str:
+        return f"http:{self.path}" if self.kind == "http" else self.kind
+
+
+AUTO = HealthCheck()
 
 
 def parse_size(text: str) -> int:
@@ -133,6 +153,33 @@ def parse_exposed_service(text: str) -> ExposedService:
         raise ValueError("is no NAME=HOST:PORT; write it like ollama=127.0.0.1:11434")
     target = parse_host_port(address, listening=False)
     return ExposedService(parse_service_name(name), target.host, target.port)
+
+
+def parse_health(text: str) -> tuple[str, HealthCheck]:
+    """Return the service of ``NAME=KIND`` and how it is probed."""
+    name, separator, how = text.strip().partition("=")
+    kinds = ", ".join(_HEALTH_KINDS)
+    if not separator:
+        raise ValueError(f"is no NAME=KIND; write it like llm=ollama; kinds: {kinds}, http:/path")
+    return parse_service_name(name), _health_check(how, kinds)
+
+
+def _health_check(how: str, kinds: str) -> HealthCheck:
+    for kind in _HEALTH_KINDS:
+        if how == kind:
+            return HealthCheck(kind)  # type: ignore[arg-type]
+    scheme, _, path = how.partition(":")
+    if scheme == "http" and _PATH.fullmatch(path):
+        return HealthCheck("http", path)
+    raise ValueError(f"is no kind of health check; write one of {kinds}, or http:/path")
+
+
+def parse_max_in_flight(text: str) -> tuple[str, int]:
+    """Return the service of ``NAME=N`` and how many requests it takes at once; 0 = no limit."""
+    name, separator, number = text.strip().partition("=")
+    if not separator or not number.isascii() or not number.isdigit() or int(number) > 1_000_000:
+        raise ValueError("is no NAME=N; write it like llm=8, with N up to 1000000 (0 = no limit)")
+    return parse_service_name(name), int(number)
 
 
 def parse_service_name(text: str) -> str:

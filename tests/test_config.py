@@ -4,7 +4,7 @@ import pytest
 
 from meshnode.config import Config, ExposedService, HostPort, field_names, resolve
 from meshnode.errors import ConfigError, TokenInvalid
-from meshnode.values import format_size, parse_duration, parse_host_port, parse_size
+from meshnode.values import HealthCheck, format_size, parse_duration, parse_host_port, parse_size
 
 PEER = "12D3KooWQYhTNQdmr3ArTeUHRYzFg94BKyTkoWBDWez9kSCVe2Xo"
 
@@ -290,3 +290,52 @@ def test_what_is_no_host_and_port(text):
 
 def test_an_ipv6_address_is_written_with_brackets():
     assert str(HostPort("::1", 80)) == "[::1]:80"
+
+
+def test_how_services_are_probed_and_what_they_take_is_said_by_name() -> None:
+    config = resolved(
+        {
+            "expose": ["llm=127.0.0.1:11434", "tts=127.0.0.1:9000"],
+            "health": ["llm=ollama", "tts=http:/ready?full=1"],
+            "max_in_flight": ["llm=8"],
+            "drain_grace": "2m",
+        }
+    )
+    assert config.health == (
+        ("llm", HealthCheck("ollama")),
+        ("tts", HealthCheck("http", "/ready?full=1")),
+    )
+    assert config.max_in_flight == (("llm", 8),)
+    assert config.drain_grace == 120.0
+    table = {
+        "expose": {"llm": "127.0.0.1:1"},
+        "health": {"llm": "tcp"},
+        "max_in_flight": {"llm": 2},
+    }
+    from_file = resolved(file=table)
+    assert (from_file.health, from_file.max_in_flight) == (
+        (("llm", HealthCheck("tcp")),),
+        (("llm", 2),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"health": ["llm"]}, "is no NAME=KIND"),
+        ({"health": ["llm=lmstudio"]}, "write one of auto, tcp, ollama"),
+        ({"health": ["llm=http:ready"]}, "is no kind"),
+        ({"health": ["llm=http:/\x01"]}, "is no kind"),
+        ({"health": ["tts=tcp"]}, "names the service tts, which is not exposed; exposed are: llm"),
+        ({"health": ["llm=tcp", "llm=off"]}, "names the service llm twice"),
+        ({"max_in_flight": ["llm=-1"]}, "is no NAME=N"),
+        ({"max_in_flight": ["llm"]}, "is no NAME=N"),
+        ({"max_in_flight": ["tts=1"]}, "not exposed"),
+        ({"drain_grace": "2000m"}, "out of bounds"),
+    ],
+)
+def test_a_wrong_word_on_health_limits_or_draining_is_named_with_its_source(
+    flags: dict[str, object], words: str
+) -> None:
+    said = refusal({"expose": ["llm=127.0.0.1:1"], **flags})
+    assert words in said and "flag --" in said

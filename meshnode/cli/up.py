@@ -58,6 +58,24 @@ def up(
         list[str] | None,
         typer.Option(metavar="NAME=HOST:PORT", help="A local server that members may use."),
     ] = None,
+    health: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=KIND",
+            help="How a server is probed: auto (default), tcp, http:/path, ollama, openai, "
+            "llamacpp, vllm or off.",
+        ),
+    ] = None,
+    max_in_flight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=N", help="Requests that a server takes at once."),
+    ] = None,
+    drain_grace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SECONDS", help="How long running requests may take to end; default 30."
+        ),
+    ] = None,
     proxy: Annotated[
         str | None,
         typer.Option(

@@ -48,6 +48,7 @@ ERROR_CODES = MAP_ERROR_CODES | {"bad_envelope", "wrong_signer"}
 State = Literal["up", "draining", "leaving"]
 ServiceName = Annotated[Text64, Field(min_length=1)]
 # Names like "hf.co/org/model-GGUF:Q4_K_M" reach 100 characters.
+MAX_MODEL_NAME = 128
 ModelName = Annotated[Text128, Field(min_length=1)]
 
 

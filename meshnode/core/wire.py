@@ -8,6 +8,7 @@ Pure and synchronous: bytes in, values out, so that each protocol can be tested 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Never, TypeVar
 
@@ -33,11 +34,18 @@ MAX_MAP_ITEMS = 64
 # No control or direction-changing characters: these strings end up in terminals and logs, where an
 # escape sequence from a stranger could rewrite what the reader sees.
 _PRINTABLE = r"^[^\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069]*$"
+# The same without half characters, which JSON can carry and UTF-8 can not.
+_SENDABLE = re.compile(_PRINTABLE.removesuffix("]*$") + r"\ud800-\udfff]*")
 
 Uint64 = Annotated[int, Field(ge=0, le=UINT64_MAX)]
 Text64 = Annotated[str, Field(max_length=64, pattern=_PRINTABLE)]
 Text128 = Annotated[str, Field(max_length=128, pattern=_PRINTABLE)]
 Text256 = Annotated[str, Field(max_length=256, pattern=_PRINTABLE)]
+
+
+def is_sendable(text: str, max_length: int) -> bool:
+    """Say whether ``text`` is printable, 1 to ``max_length`` characters, and UTF-8 can hold it."""
+    return 1 <= len(text) <= max_length and _SENDABLE.fullmatch(text) is not None
 
 
 class WireModel(BaseModel):

@@ -5,8 +5,8 @@ Unknown values are null. Ages are seconds on this node's clock, so that no peer'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from meshnode.core.decision import CandidateRow, Decision
@@ -48,6 +48,7 @@ class NodeStatus:
     links: int
     missing: Sequence[str]  # what keeps it from being ready; empty if it is
     services: Sequence[ServiceData] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)  # of each service that is not well
 
 
 def status_view(status: NodeStatus) -> dict[str, object]:
@@ -72,7 +73,10 @@ def status_view(status: NodeStatus) -> dict[str, object]:
         "available_vram": status.available_vram,
         "total_vram": status.total_vram,
         "gpu_count": status.gpu_count,
-        "services": [_service_view(service, service.in_flight) for service in status.services],
+        "services": [
+            _service_view(s, s.in_flight) | {"reason": status.reasons.get(s.service_id)}
+            for s in status.services
+        ],
         "own_in_flight": status.own_in_flight,
         "peers_online": status.peers_online,
         "peers_known": status.peers_known,

@@ -18,7 +18,7 @@ from meshnode.core import budget
 from meshnode.core.belonging import Belonging, Membership
 from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
-from meshnode.core.node_data import MAX_ADDRS, NODE_ONLINE_WINDOW, NodeData, ServiceData, State
+from meshnode.core.node_data import MAX_ADDRS, NODE_ONLINE_WINDOW, NodeData, State
 from meshnode.core.router import Policy, Router
 from meshnode.metrics import Metrics
 from meshnode.net.ejections import tell_ejection
@@ -156,7 +156,7 @@ class Member:
             available_vram=gpu.available if gpu else 0,
             total_vram=gpu.total if gpu else 0,
             gpu_count=gpu.count if gpu else 0,
-            services=tuple(self._service_data(service) for service in settings.services),
+            services=self.services.announced(),
             addrs=self._mesh.addrs[:MAX_ADDRS],
             seq=seq,
             state=state,
@@ -172,14 +172,6 @@ class Member:
         settings = self._settings
         return budget.online_window(
             self._announce_interval(), settings.announce_interval, settings.online_window
-        )
-
-    def _service_data(self, service: LocalService) -> ServiceData:
-        return ServiceData(
-            service_id=service.service_id,
-            in_flight=self.services.in_flight(service.service_id),
-            max_in_flight=service.max_in_flight,
-            healthy=self.services.is_healthy(service.service_id),
         )
 
     def _free_vram(self) -> int | None:

@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Callable
 
 import trio
 
@@ -23,6 +24,7 @@ class TcpStream:
     """Gives a ``trio.SocketStream`` (TCP_NODELAY by default) the interface of ``ByteStream``."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
+        self.on_data: Callable[[], None] | None = None  # called whenever something came
         self._stream = stream
         self._more_waits = False  # the last read took as much as it might
 
@@ -40,6 +42,8 @@ class TcpStream:
                     await trio.lowlevel.wait_readable(self._fd())
                 else:
                     self._more_waits = len(data) == max_bytes
+                    if data and self.on_data is not None:
+                        self.on_data()
                     return data
         except trio.ClosedResourceError as exc:
             raise StreamClosed("this side already closed the connection") from exc

@@ -62,6 +62,7 @@ class EngineOptions:
 
     name: str = "engine"
     models: tuple[str, ...] = ("demo-model",)
+    loaded: tuple[str, ...] | None = None  # those in memory; None = all
     vram: int = 0  # bytes that it says it has
     tokens: int = 24  # words per answer, unless the request wants fewer
     tokens_per_second: float = 200.0  # 0 = all at once
@@ -69,6 +70,10 @@ class EngineOptions:
     fail_with: int = 0  # an HTTP status that answers every POST; 0 = none
     host: str = "127.0.0.1"
     port: int = 0
+
+    @property
+    def models_loaded(self) -> tuple[str, ...]:
+        return self.models if self.loaded is None else self.loaded
 
 
 @dataclass
@@ -123,6 +128,7 @@ class Engine:
                 Route("/stats", self._tell_stats),
                 Route("/v1/models", self._models),
                 Route("/api/tags", self._tags),
+                Route("/api/ps", self._running),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._complete, methods=["POST"]),
                 Route("/v1/embeddings", self._embed, methods=["POST"]),
@@ -146,6 +152,10 @@ class Engine:
     async def _tags(self, request: Request) -> Response:
         rows = [{"name": model, "model": model} for model in self.options.models]
         return self._reply({"models": rows})  # Ollama's list of models
+
+    async def _running(self, request: Request) -> Response:
+        rows = [{"name": model, "model": model} for model in self.options.models_loaded]
+        return self._reply({"models": rows})  # and of those in memory
 
     async def _chat(self, request: Request) -> Response:
         return self._generate(CHAT, await self._parse(request, ChatRequest))
@@ -353,6 +363,7 @@ def _parse_options(argv: Sequence[str] | None) -> EngineOptions:
     )
     parser.add_argument("--name", default=default.name)
     parser.add_argument("--model", action="append", help="may be given several times")
+    parser.add_argument("--loaded", action="append", help="of them, those in memory; default all")
     parser.add_argument("--vram-gib", type=float, default=0.0, help="what it says it has")
     parser.add_argument("--tokens", type=int, default=default.tokens, help="words per answer")
     parser.add_argument(
@@ -366,6 +377,7 @@ def _parse_options(argv: Sequence[str] | None) -> EngineOptions:
     return EngineOptions(
         name=args.name,
         models=tuple(args.model or default.models),
+        loaded=tuple(args.loaded) if args.loaded else None,
         vram=int(args.vram_gib * GIB),
         tokens=args.tokens,
         tokens_per_second=args.tokens_per_second,

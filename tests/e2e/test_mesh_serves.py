@@ -167,8 +167,9 @@ def test_two_hundred_streams_at_once(cluster: Cluster, backend: MakeBackend) -> 
         connection.sendall(question)
 
     service = backend(echo_when_all_are_here)
-    first = cluster.node("host-a", "--expose", f"raw={service.address}")
-    cluster.node("host-b", "--expose", f"raw={service.address}", bootstrap=first)
+    plain = ("--expose", f"raw={service.address}", "--health", "raw=tcp")
+    first = cluster.node("host-a", *plain)
+    cluster.node("host-b", *plain, bootstrap=first)
     entry = cluster.entry(first)
     wait_for(entry, "host-a", "host-b")
     with ExitStack() as open_clients:

@@ -13,7 +13,7 @@ import trio
 from meshnode.core.belonging import by_keys
 from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
-from meshnode.core.node_data import NodeData, ServiceData, State
+from meshnode.core.node_data import NodeData, State
 from meshnode.core.router import Router
 from meshnode.errors import TokenRefused
 from meshnode.metrics import Metrics
@@ -113,15 +113,7 @@ class Node:
         return NodeData(
             id=self.peer_id,
             name=self.name,
-            services=tuple(
-                ServiceData(
-                    service_id=s.service_id,
-                    in_flight=self.services.in_flight(s.service_id),
-                    max_in_flight=s.max_in_flight,
-                    healthy=self.services.is_healthy(s.service_id),
-                )
-                for s in self.services.services
-            ),
+            services=self.services.announced(),
             available_vram=self.vram,
             addrs=self.mesh.addrs,
             seq=seq,
