@@ -46,7 +46,7 @@ class Decision:
     service_id: str
     policy: Policy
     target: str | None  # the peer ID or name that the caller asked for
-    attempt: int  # 1 = the first peer tried for this request
+    attempt: int  # 1 = the first peer asked for this request
     candidates: tuple[CandidateRow, ...]  # the best first, then the excluded; at most MAX_ROWS
     candidates_total: int  # how many there were, listed or not, excluded ones included
     picked: str | None  # peer ID; None only where dice would be cast, in an explanation
@@ -58,3 +58,4 @@ class Decision:
     match_ratio: float | None = None  # of the picked peer; None: no prompt was looked at
     # The peer whose cache is warm, where its load made somebody else serve.
     forced_off: str | None = None
+    is_retry: bool = False  # a peer failed this request before; one that was only busy did not

@@ -60,7 +60,7 @@ class Lease:
         self.peer_id = peer_id
         self.service_id = record.decision.service_id
         self.is_local = is_local  # whether the pick fell on this node itself
-        self.is_retry = record.decision.attempt > 1
+        self.is_retry = record.decision.is_retry
         self.is_trial = is_trial  # whether it decides if an ejected peer comes back
         self.released = False
         self.verdict: str | None = None  # "ok", or why the peer failed; None while nothing is known

@@ -54,6 +54,7 @@ class _Request:
     target: str | None
     exclude: Collection[str]
     attempt: int
+    is_retry: bool
 
 
 class Router:
@@ -97,6 +98,7 @@ class Router:
         target: str | None = None,
         exclude: Collection[str] = (),
         attempt: int = 1,
+        is_retry: bool = False,
     ) -> Lease:
         """Pick the peer that serves this request, and count the request on it.
 
@@ -106,12 +108,15 @@ class Router:
             service_id: the service that the request is for.
             target: a peer ID, or a name that only one peer has; nobody else will do.
             exclude: peer IDs that this request tried already.
-            attempt: 1 for the first peer tried.
+            attempt: 1 for the first peer asked.
+            is_retry: a peer failed this request already; one that was only busy did not.
 
         Raises:
+            AllFull: those who could serve it have as many requests as they take just now.
+            RetriesSpent: so many requests are retried already that one more may not be.
             NoCandidate: nobody can serve it; the text says why and what to do.
         """
-        request = _Request(now, wall_time, service_id, target, exclude, attempt)
+        request = _Request(now, wall_time, service_id, target, exclude, attempt, is_retry)
         decision = self._decide(request, self._rng)
         return self.claim(decision)
 
@@ -124,13 +129,14 @@ class Router:
         target: str | None = None,
         exclude: Collection[str] = (),
         attempt: int = 1,
+        is_retry: bool = False,
     ) -> Decision:
         """Return what ``lease`` would decide now; nothing is counted and no dice are cast.
 
         Raises:
             NoCandidate: as ``lease``.
         """
-        request = _Request(now, wall_time, service_id, target, exclude, attempt)
+        request = _Request(now, wall_time, service_id, target, exclude, attempt, is_retry)
         return self._decide(request, None)
 
     def decisions(self) -> tuple[Decision, ...]:
@@ -160,9 +166,9 @@ class Router:
         Call it in the same synchronous step as the decision. The peer's standing has been asked.
 
         Raises:
-            RetriesSpent: it is not the request's first attempt, and too many are retried already.
+            RetriesSpent: it is a retry, and too many requests are retried already.
         """
-        if decision.attempt > 1:
+        if decision.is_retry:
             self._book.check_retry()
         picked = decision.picked
         assert picked is not None  # dice were at hand
@@ -279,6 +285,7 @@ class Router:
             policy=self.policy,
             target=request.target,
             attempt=request.attempt,
+            is_retry=request.is_retry,
             candidates=choice.table(picked),
             candidates_total=choice.total,
             picked=None if picked is None else picked.peer_id,

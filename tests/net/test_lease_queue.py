@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from meshnode.errors import AllFull, NoCandidate, Overloaded
+from meshnode.errors import AllFull, NoCandidate, Overloaded, RetriesSpent
 from meshnode.metrics import Metrics
 from meshnode.net.lease_queue import LeaseQueue
 
@@ -38,9 +38,9 @@ class Room:
         self.served: list[tuple[object, float]] = []
         self.failed: dict[object, str] = {}
 
-    async def come(self, name, *, key="chat", places=None, deadline=None) -> None:
+    async def come(self, name, *, key="chat", places=None, **times) -> None:
         try:
-            await self.queue.lease((places or self.places).take, key=key, deadline=deadline)
+            await self.queue.lease((places or self.places).take, key=key, **times)
         except NoCandidate as exc:
             self.failed[name] = str(exc)
         else:
@@ -109,6 +109,47 @@ async def test_whoever_comes_while_others_wait_stands_behind_them(autojump_clock
     assert [name for name, _ in room.served] == ["early"]
 
 
+async def test_one_that_was_called_for_nothing_goes_back_before_those_that_came_later(
+    autojump_clock, line
+):
+    room = Room()
+    await trio.sleep(5)
+    await line(room, "second")
+    await line(room, "first", since=1.0)
+    room.give_back()
+    await trio.testing.wait_all_tasks_blocked()
+    assert [name for name, _ in room.served] == ["first"]
+    await trio.sleep(60)
+    assert list(room.failed) == ["second"]
+
+
+async def test_its_time_runs_from_when_it_came(autojump_clock):
+    room = Room(timeout=20.0)
+    await trio.sleep(15)
+    await room.come("a", since=0.0)
+    assert trio.current_time() == pytest.approx(20.0)
+
+
+async def test_whoever_asks_without_waiting_is_told_that_others_do(autojump_clock, line):
+    room = Room()
+    await line(room, "a")
+    room.places.free = 1
+    with pytest.raises(AllFull, match="1 requests for the same wait already"):
+        room.queue.lease_now(room.places.take, key="chat")
+    assert room.queue.lease_now(room.places.take, key="another") == 0
+
+
+async def test_a_retry_that_the_budget_forbids_is_told_so_after_two_seconds(autojump_clock):
+    class Spent(Places):
+        def take(self):
+            raise RetriesSpent("20 of 100 requests in flight are being retried already")
+
+    room = Room()
+    await room.come("a", places=Spent(free=0))
+    assert 2.0 <= trio.current_time() <= 2.5
+    assert room.failed["a"] == "20 of 100 requests in flight are being retried already"
+
+
 async def test_only_the_first_of_a_line_tries(autojump_clock, line):
     room = Room()
     await line(room, *range(100))
@@ -144,8 +185,7 @@ async def test_a_request_that_waited_too_long_is_told_so(autojump_clock):
     await room.come("a")
     assert trio.current_time() == pytest.approx(20.0)
     assert room.failed["a"] == (
-        "every peer that could serve the request was full for 20.0 s (0 more wait); try again "
-        "later, or add a node that exposes the service"
+        "no peer had room within 20.0 s, and 0 more requests wait: 1 at its limit of 1"
     )
     assert room.counted("queue_wait_seconds_count", outcome="timeout") == 1
     assert len(room.queue) == 0
