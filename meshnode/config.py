@@ -22,6 +22,7 @@ from meshnode.values import (
     parse_announce_addr,
     parse_bool,
     parse_bootstrap,
+    parse_count,
     parse_duration,
     parse_exposed_service,
     parse_health,
@@ -53,6 +54,10 @@ ONLINE_WINDOW_BOUNDS = (10.0, 3600.0)
 ANNOUNCE_INTERVAL_BOUNDS = (1.0, 1800.0)
 # A day: longer than any answer takes; a node that is to go must go some time.
 DRAIN_GRACE_BOUNDS = (0.0, 86_400.0)
+
+# A prompt's worth of memory and two descriptors for each; and nobody waits for an hour.
+QUEUE_LENGTH_BOUNDS = (0, 10_000)
+QUEUE_TIMEOUT_BOUNDS = (0.1, 3600.0)
 
 # Settings that name where other settings stand; they are no fields of Config.
 _POINTERS = frozenset({"config"})
@@ -95,6 +100,8 @@ class Config:
     log_format: Literal["pretty", "json"] = "pretty"
     announce_interval: float = 10.0  # seconds
     online_window: float = 40.0  # seconds
+    queue_length: int = 256  # requests that may wait while every peer is full
+    queue_timeout: float = 30.0  # seconds
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     warnings: tuple[str, ...] = ()  # allowed, but worth a line in the log
 
@@ -172,6 +179,8 @@ def resolve(
         log_format=read.one("log_format", parse_log_format, "pretty"),
         announce_interval=read.one("announce_interval", parse_duration, 10.0),
         online_window=read.one("online_window", parse_duration, 40.0),
+        queue_length=read.one("queue_length", parse_count, 256),
+        queue_timeout=read.one("queue_timeout", parse_duration, 30.0),
         sources=read.sources,
         warnings=_warnings(read),
     )
@@ -429,6 +438,7 @@ def check_together(config: Config) -> None:
     """
     _check_times(config)
     _check_entry(config)
+    _check_queue(config)
     _check_belonging(config)
     _check_exposed(config)
     if not config.api.is_loopback and config.api_key is None:
@@ -466,6 +476,19 @@ def _check_entry(config: Config) -> None:
             raise ConfigError(
                 f"{key}={value} from {config.sources[key]} says where the proxy sends requests, "
                 "but there is no proxy; add --proxy"
+            )
+
+
+def _check_queue(config: Config) -> None:
+    for key, bounds, unit in (
+        ("queue_length", QUEUE_LENGTH_BOUNDS, "requests"),
+        ("queue_timeout", QUEUE_TIMEOUT_BOUNDS, "s"),
+    ):
+        value: float = getattr(config, key)
+        if not bounds[0] <= value <= bounds[1]:
+            raise ConfigError(
+                f"{key}={value:g} {unit} from {config.sources[key]} is out of bounds; "
+                f"set it to {bounds[0]:g} to {bounds[1]:g} {unit}"
             )
 
 

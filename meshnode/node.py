@@ -86,6 +86,8 @@ class Node:
                 policy=config.policy,
                 announce_interval=config.announce_interval,
                 online_window=config.online_window,
+                queue_length=config.queue_length,
+                queue_timeout=config.queue_timeout,
             ),
             gpu=lambda: self._gpu.latest,
             rng=rng,

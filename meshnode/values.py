@@ -116,6 +116,13 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def parse_count(text: str) -> int:
+    """Return a whole number, 0 or more."""
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
+        raise ValueError("is no whole number; write one like 256")
+    return int(text)
+
+
 def parse_bool(text: str) -> bool:
     """Return the truth of 1/0, true/false, yes/no, on/off."""
     word = text.strip().lower()

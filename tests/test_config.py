@@ -58,6 +58,8 @@ def test_the_file_may_use_toml_types_and_the_environment_commas():
             "expose": {"ollama": "127.0.0.1:11434"},
             "mdns": False,
             "announce_interval": 5,
+            "queue_length": 0,
+            "queue_timeout": "2m",
             "proxy": True,
             "vram": 24_000_000_000,
         },
@@ -66,6 +68,7 @@ def test_the_file_may_use_toml_types_and_the_environment_commas():
     assert config.expose == (ExposedService("ollama", "127.0.0.1", 11434),)
     assert config.mdns is False
     assert config.announce_interval == 5.0
+    assert (config.queue_length, config.queue_timeout) == (0, 120.0)
     assert config.proxy == HostPort("127.0.0.1", 8080)
     assert config.vram == 24_000_000_000
 
@@ -124,6 +127,10 @@ def test_a_variable_of_somebody_else_is_left_alone():
         ({"announce_interval": "often"}, "is no duration"),
         ({"announce_interval": "0.1"}, "out of bounds"),
         ({"online_window": "3"}, "online_window=3 s from flag --online-window is out of bounds"),
+        ({"queue_length": "many"}, "queue_length=many from flag --queue-length is no whole number"),
+        ({"queue_length": "-1"}, "is no whole number"),
+        ({"queue_length": "10001"}, "out of bounds; set it to 0 to 10000 requests"),
+        ({"queue_timeout": "0"}, "queue_timeout=0 s from flag --queue-timeout is out of bounds"),
         ({"service": "x"}, "add --proxy"),
         ({"target": "x"}, "add --proxy"),
         ({"open": True}, "contradict"),

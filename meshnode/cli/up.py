@@ -119,6 +119,13 @@ def up(
     online_window: Annotated[
         str | None, typer.Option(metavar="SECONDS", help="Default 40.")
     ] = None,
+    queue_length: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Requests that wait while all peers are full; default 256."),
+    ] = None,
+    queue_timeout: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="And for how long; default 30.")
+    ] = None,
 ) -> None:
     """Run a node until SIGINT or SIGTERM: it joins, announces, exposes, proxies.
 

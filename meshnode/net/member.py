@@ -24,6 +24,7 @@ from meshnode.metrics import Metrics
 from meshnode.net.ejections import tell_ejection
 from meshnode.net.federation_exit import ExitPoint
 from meshnode.net.gossip import ANNOUNCE_INTERVAL, Announcer, Hearer, announce_topic
+from meshnode.net.lease_queue import QUEUE_LENGTH, QUEUE_TIMEOUT, LeaseQueue
 from meshnode.net.ledger_sync import LedgerSync
 from meshnode.net.local_services import LocalService, LocalServices
 from meshnode.net.mesh import Mesh
@@ -58,6 +59,8 @@ class MemberSettings:
     # Seconds, both; in a large mesh they stretch together (core/budget).
     announce_interval: float = ANNOUNCE_INTERVAL
     online_window: float = NODE_ONLINE_WINDOW
+    queue_length: int = QUEUE_LENGTH  # requests that may wait while every peer is full
+    queue_timeout: float = QUEUE_TIMEOUT  # seconds
 
 
 class Member:
@@ -90,6 +93,10 @@ class Member:
         self.router = Router(self.ledger, self_id=mesh.peer_id, policy=settings.policy, rng=rng)
         self.router.on_ejection(partial(tell_ejection, metrics))
         topic = announce_topic(settings.network)
+        self.queue = LeaseQueue(
+            metrics=metrics, length=settings.queue_length, timeout=settings.queue_timeout
+        )
+        self.router.watch(lambda _: self.queue.wake())
         self.hearer = Hearer(
             self.ledger, self.router, open_sealed=mesh.open_sealed, metrics=metrics
         )
