@@ -9,10 +9,10 @@ deeper match of somebody who is no candidate does not hide a shallower one of so
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 TTL = 300.0  # seconds; engines drop a cache that nobody used for minutes
 HALF_LIFE = 120.0  # seconds
@@ -25,15 +25,6 @@ ReplicaT = TypeVar("ReplicaT", bound=Replica)
 
 # How many half-lives the sums of weights may grow before they are scaled down: 2**256 of 2**1023.
 _MAX_GROWTH = 256.0
-_NO_WEIGHTS: Mapping[Replica, float] = {}
-
-
-class Hot(NamedTuple, Generic[ReplicaT]):
-    """The owner of the deepest live match."""
-
-    replica: ReplicaT
-    depth: int  # blocks that match
-    match_ratio: float  # depth / length of the chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +43,9 @@ class _Entry(Generic[ReplicaT]):
 
 
 @dataclass(slots=True)
-class _Weight:
+class Weight:
+    """How much of a model's prompts one replica has cached; totals compare like weights."""
+
     count: int = 0
     total: float = 0.0  # sum of 2 ** ((seen - epoch) / half_life)
 
@@ -71,7 +64,8 @@ class PrefixIndex(Generic[ReplicaT]):
         self._max_entries = max_entries
         # The longest unseen first; of one path the deepest block first, as it serves the fewest.
         self._entries: OrderedDict[tuple[str, int], _Entry[ReplicaT]] = OrderedDict()
-        self._weights: dict[str, dict[ReplicaT, _Weight]] = {}
+        self._weights: dict[str, dict[ReplicaT, Weight]] = {}
+        self._owned: Counter[str] = Counter()  # entries, by node
         self._epoch = 0.0
 
     def __len__(self) -> int:
@@ -98,30 +92,26 @@ class PrefixIndex(Generic[ReplicaT]):
             self._drop(next(iter(self._entries)))
         return () if was_its_own else tuple(reversed(fresh))
 
-    def find_hot(
-        self,
-        model: str,
-        chain: Sequence[int],
-        is_candidate: Callable[[ReplicaT], bool],
-        now: float,
-    ) -> Hot[ReplicaT] | None:
-        """Return the owner of the deepest live match that ``is_candidate``."""
+    def matches(self, model: str, chain: Sequence[int], now: float) -> dict[ReplicaT, int]:
+        """Return for each replica how many blocks of the chain it served, the deepest first."""
+        depths: dict[ReplicaT, int] = {}
         for depth in range(len(chain), 0, -1):
             entry = self._entries.get((model, chain[depth - 1]))
-            if entry is not None and now - entry.seen <= self._ttl and is_candidate(entry.owner):
-                return Hot(entry.owner, depth, depth / len(chain))
-        return None
+            if entry is not None and now - entry.seen <= self._ttl:
+                depths.setdefault(entry.owner, depth)
+        return depths
 
     def decide(
         self, model: str, chain: Sequence[int], candidates: Collection[ReplicaT], now: float
     ) -> Verdict[ReplicaT]:
         """Return who is warm for the chain, and in which order the others are tried."""
         among = frozenset(candidates)
-        hot = self.find_hot(model, chain, among.__contains__, now)
+        depths = self.matches(model, chain, now)
+        hot = next((owner for owner in depths if owner in among), None)
         order = sorted(among, key=lambda key: (self.weight(model, key, now), key))
         if hot is None:
             return Verdict(None, 0.0, tuple(order))
-        return Verdict(hot.replica, hot.match_ratio, tuple(order))
+        return Verdict(hot, depths[hot] / len(chain), tuple(order))
 
     def weight(self, model: str, replica: ReplicaT, now: float) -> float:
         """Return the sum of 0.5 ** (age / half_life) over the replica's live blocks."""
@@ -131,8 +121,8 @@ class PrefixIndex(Generic[ReplicaT]):
             return 0.0
         return float(weight.total * 2.0 ** ((self._epoch - now) / self._half_life))
 
-    def cached(self, model: str, now: float) -> Mapping[ReplicaT, _Weight]:
-        """Return who has any weight for the model; their ``total`` compare like their weights."""
+    def weights(self, model: str, now: float) -> Mapping[ReplicaT, Weight]:
+        """Return those that have anything cached of the model."""
         self.evict(now)
         return self._weights.get(model, {})
 
@@ -142,7 +132,8 @@ class PrefixIndex(Generic[ReplicaT]):
 
     def invalidate_node(self, node_id: str) -> None:
         """Forget what any replica of a node served, as when it left."""
-        self._drop_all(key for key, entry in self._entries.items() if entry.owner[0] == node_id)
+        if self._owned[node_id]:  # peers come and go that never served anything
+            self._drop_all(key for key, entry in self._entries.items() if entry.owner[0] == node_id)
 
     def evict(self, now: float) -> None:
         """Drop what has expired; every other call does so by itself."""
@@ -177,8 +168,11 @@ class PrefixIndex(Generic[ReplicaT]):
     def _weigh(self, model: str, owner: ReplicaT, change: int, seen: float) -> None:
         if (seen - self._epoch) / self._half_life > _MAX_GROWTH:
             self._scale_down(seen)
+        self._owned[owner[0]] += change
+        if not self._owned[owner[0]]:
+            del self._owned[owner[0]]
         weights = self._weights.setdefault(model, {})
-        weight = weights.setdefault(owner, _Weight())
+        weight = weights.setdefault(owner, Weight())
         weight.count += change
         weight.total += change * 2.0 ** ((seen - self._epoch) / self._half_life)
         if weight.count == 0:  # not by the total, which rounds

@@ -1,0 +1,408 @@
+"""Which peer serves a request that names a model: who has it, who is free, and who is warm.
+
+Builds on ``Router``, which counts the load and keeps the decisions. The order among those that
+have the model:
+
+1. the one whose cache is warm for the prompt or the session, if its load is within the guard
+   (``prefix_select``);
+2. with a prompt: among those within the guard, who has the model loaded, then who has the least
+   cached so far, then the policy's order;
+3. without one: fewest in flight, then who has the model loaded, then the rest of the policy.
+
+A service whose engine does not tell its models may have any; it is asked only for models that
+nobody names.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal
+
+from meshnode.core.decision import MAX_ROWS, CandidateRow, Decision, Tier
+from meshnode.core.lease import Lease
+from meshnode.core.ledger import Ledger
+from meshnode.core.model_index import ModelIndex, Offer, Place, model_key
+from meshnode.core.model_ranking import Candidate, ModelRanking, candidate, deciding_tier
+from meshnode.core.model_shortage import why_nobody, why_unknown
+from meshnode.core.prefix_cache import PrefixIndex, Weight
+from meshnode.core.prefix_chain import session_chain, short_chain
+from meshnode.core.prefix_select import MIN_PREFIX_MATCH, Pressure, load_limit
+from meshnode.core.router import Dice, Router
+
+Affinity = Literal["off", "prefix", "session"]
+
+# Models in use at a time; the longest unused ranking is built anew when it is asked for again.
+_MAX_RANKINGS = 256
+
+Chain = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRequest:
+    """What is asked of one decision."""
+
+    now: float  # seconds on this node's monotonic clock
+    model: str | None  # as the client wrote it; None: any engine will do
+    prompt: str = ""  # canonical
+    session: str | None = None  # what the client calls its session
+    service_id: str | None = None  # nobody's other services will do
+    target: str | None = None  # a peer ID, or a name that only one peer has
+    exclude: Collection[str] = ()  # peer IDs that this request tried already
+    attempt: int = 1
+    wall_time: float | None = None  # Unix seconds, for display
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """One request that this node routed, as other entry nodes are told of it."""
+
+    model: str  # its key
+    blocks: Chain  # those that are new or changed hands
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class _Pick:
+    chosen: Candidate | None  # None: dice would be cast
+    tier: Tier
+    forced_off: Candidate | None = None
+
+
+class ModelRouter:
+    """Picks a peer for each request by its model, its prompt and the load.
+
+    Args:
+        router: counts the requests and keeps the decisions.
+        affinity: what makes a peer warm: the prompt's beginning, the client's session, or nothing.
+        seed: uint64 of the network's own, for the hashes of prompts.
+        on_observed: told of each request whose cache others don't know of yet.
+        rng: dice for the "random" policy.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        ledger: Ledger,
+        *,
+        rng: Dice,
+        affinity: Affinity = "prefix",
+        seed: int = 0,
+        on_observed: Callable[[Observed], None] = lambda _: None,
+    ) -> None:
+        self.affinity: Affinity = affinity
+        self.index = ModelIndex(ledger)
+        self.on_observed = on_observed
+        self.pressure = Pressure()
+        self._router = router
+        self._ledger = ledger
+        self._rng = rng
+        self._seed = seed
+        self._prefixes: PrefixIndex[Place] = PrefixIndex()
+        self._rankings: OrderedDict[tuple[str | None, str | None], ModelRanking] = OrderedDict()
+        # Peers in the order of their last change, with its number; rankings take in what is newer.
+        self._changed: OrderedDict[str, int] = OrderedDict()
+        self._serial = 0
+        router.watch(self._note)
+
+    # Requests
+
+    def lease(self, request: ModelRequest) -> Lease:
+        """Pick the peer that serves this request, and count the request on it.
+
+        Raises:
+            UnknownModel: nobody has the model.
+            AllFull: those who have it are at their limits.
+            NoCandidate: nobody who has it can serve it.
+        """
+        key, chain = self._read(request)
+        decision = self._decide(request, key, chain, self._rng)
+        assert decision.picked is not None  # dice were at hand
+        if decision.forced_off is not None:
+            self.pressure.count(key, request.now)
+        lease = self._router.claim(decision)
+        if chain:
+            place = (decision.picked, decision.service_id)
+            fresh = self._prefixes.observe(key, chain, place, request.now)
+            if fresh:
+                self.on_observed(Observed(key, fresh, place))
+        return lease
+
+    def explain(self, request: ModelRequest) -> Decision:
+        """Return what ``lease`` would decide now; nothing is counted and no dice are cast.
+
+        Raises:
+            NoCandidate: as ``lease``.
+        """
+        return self._decide(request, *self._read(request), None)
+
+    # News
+
+    def take_observed(self, observed: Observed, now: float) -> None:
+        """Take in what another entry node routed."""
+        self._prefixes.observe(observed.model, observed.blocks, observed.place, now)
+
+    @property
+    def blocks_known(self) -> int:
+        """How many blocks of prompts are remembered."""
+        return len(self._prefixes)
+
+    def _note(self, peer_id: str) -> None:
+        self.index.note(peer_id)
+        entry = self._ledger.get(peer_id)
+        if entry is None or entry.state in ("left", "offline"):
+            self._prefixes.invalidate_node(peer_id)
+        self._serial += 1
+        self._changed[peer_id] = self._serial
+        self._changed.move_to_end(peer_id)
+        # Twice as many as a ledger holds: mostly of peers that are long gone.
+        if len(self._changed) > 2 * len(self._ledger) + 256:
+            self._rankings.clear()
+            self._changed.clear()
+
+    # Deciding
+
+    def _read(self, request: ModelRequest) -> tuple[str, Chain]:
+        """Return the model's key, and by which blocks a warm cache is known."""
+        key = "" if request.model is None else model_key(request.model)
+        if self.affinity == "prefix" and request.prompt:
+            return key, short_chain(key, request.prompt, seed=self._seed)
+        if self.affinity == "session" and request.session:
+            return key, session_chain(key, request.session, seed=self._seed)
+        return key, ()
+
+    def _decide(self, request: ModelRequest, key: str, chain: Chain, dice: Dice | None) -> Decision:
+        ranking = self._ranking(request, key)
+        pool = [c for c in ranking.ready if self._may(c, request)] if _picky(request) else None
+        while True:
+            able = ranking.ready if pool is None else pool
+            if not able:
+                others = [row for row in self._others(request, ranking) if _aimed(row, request)]
+                raise why_nobody(request.model, request.target, others, len(ranking))
+            depths = self._prefixes.matches(key, chain, request.now)
+            pick = self._pick(able, ranking, key, chain, depths, request.now, dice)
+            if pick.chosen is None or self._is_online(pick.chosen.peer_id, request.now):
+                break
+            # Silent past its window since the ledger last looked, a second ago at the most.
+            pool = [c for c in able if self._is_online(c.peer_id, request.now)]
+        return self._decision(request, ranking, able, pick, chain, depths)
+
+    def _pick(
+        self,
+        able: Sequence[Candidate],
+        ranking: ModelRanking,
+        key: str,
+        chain: Chain,
+        depths: Mapping[Place, int],
+        now: float,
+        dice: Dice | None,
+    ) -> _Pick:
+        forced_off: Candidate | None = None
+        if chain:
+            limit = load_limit(able[0].in_flight)
+            hot = _hot(able, ranking, depths, len(chain))
+            if hot is not None and hot.in_flight <= limit:
+                return _Pick(hot, "session" if self.affinity == "session" else "prefix")
+            forced_off = hot
+        if self._router.policy == "random" and len(able) > 1:
+            chosen = None if dice is None else able[dice.randrange(len(able))]
+            return _Pick(chosen, "random", forced_off)
+        first = able[0]
+        if chain:
+            chosen = _coldest(able, limit, self._prefixes.weights(key, now))
+            if chosen is not first:
+                tier: Tier = "least_cached" if chosen.loaded == first.loaded else "loaded"
+                return _Pick(chosen, tier, forced_off)
+        return _Pick(first, deciding_tier(first, able[1] if len(able) > 1 else None), forced_off)
+
+    def _decision(
+        self,
+        request: ModelRequest,
+        ranking: ModelRanking,
+        able: Sequence[Candidate],
+        pick: _Pick,
+        chain: Chain,
+        depths: Mapping[Place, int],
+    ) -> Decision:
+        chosen = pick.chosen
+
+        def row(each: Candidate) -> CandidateRow:
+            if not chain:
+                return each.row
+            depth = depths.get(each.place)
+            return replace(each.row, match_ratio=depth / len(chain)) if depth else each.row
+
+        best = list(islice(able, MAX_ROWS))
+        if chosen is not None and chosen not in best:
+            best[-1] = chosen
+        rows = [row(each) for each in best]
+        rows += islice(self._others(request, ranking), MAX_ROWS - len(rows))
+        ratio = depths.get(chosen.place, 0) / len(chain) if chain and chosen else None
+        return Decision(
+            at=request.now,
+            wall_time=request.wall_time,
+            service_id=chosen.service_id if chosen else request.service_id or "",
+            policy=self._router.policy,
+            target=request.target,
+            attempt=request.attempt,
+            candidates=tuple(rows),
+            candidates_total=len(ranking),
+            picked=chosen.peer_id if chosen else None,
+            tier=pick.tier if request.target is None else "target",
+            model=request.model,
+            match_ratio=ratio,
+            forced_off=pick.forced_off.peer_id if pick.forced_off else None,
+        )
+
+    def _others(self, request: ModelRequest, ranking: ModelRanking) -> Iterator[CandidateRow]:
+        """Yield the rows of those that this request can't have, with the reasons."""
+        if request.exclude:
+            for each in ranking.ready:
+                if each.peer_id in request.exclude:
+                    yield replace(each.row, excluded="already tried")
+        yield from ranking.excluded_rows()
+
+    def _may(self, each: Candidate, request: ModelRequest) -> bool:
+        if each.peer_id in request.exclude:
+            return False
+        target = request.target
+        # A peer ID goes before a name, so that no peer can pass for another by its name.
+        return (
+            target is None
+            or each.peer_id == target
+            or (each.row.name == target and self._ledger.get(target) is None)
+        )
+
+    def _is_online(self, peer_id: str, now: float) -> bool:
+        entry = self._ledger.get(peer_id)
+        return entry is not None and now < entry.online_until
+
+    # Who has it
+
+    def _ranking(self, request: ModelRequest, key: str) -> ModelRanking:
+        """Return who may serve the request, in order.
+
+        Raises:
+            NoCandidate: nobody does.
+        """
+        kind = self._kind(request.model, key, request.service_id)
+        at = (kind, request.service_id)
+        ranking = self._rankings.get(at)
+        if ranking is None:
+            ranking = self._rankings[at] = ModelRanking()
+            if len(self._rankings) > _MAX_RANKINGS:
+                self._rankings.popitem(last=False)
+            for peer_id in {offer.place[0] for offer in self._offers(kind, request.service_id)}:
+                self._place(ranking, peer_id, kind, request.service_id, request.now)
+        else:
+            self._rankings.move_to_end(at)
+            for peer_id, serial in reversed(self._changed.items()):
+                if serial <= ranking.serial:
+                    break
+                self._place(ranking, peer_id, kind, request.service_id, request.now)
+        ranking.serial = self._serial
+        # Those who have it may all be silent since the ledger last looked.
+        if not ranking and not any(True for _ in self._offers(kind, request.service_id)):
+            raise why_unknown(self.index, request.model, request.service_id)
+        return ranking
+
+    def _kind(self, model: str | None, key: str, service_id: str | None) -> str | None:
+        """Return which offers count: a model's key, _SILENT, _TELLING, or _EVERY."""
+
+        def some(places: Collection[Place]) -> bool:
+            return service_id is None or any(place[1] == service_id for place in places)
+
+        if model is not None:
+            having = self.index.having(key)
+            return key if having and some(having) else _SILENT
+        if service_id is not None:
+            return _EVERY
+        return _TELLING if self.index.any_named else _EVERY
+
+    def _offers(self, kind: str | None, service_id: str | None) -> Iterator[Offer]:
+        offers: Collection[Offer] | Iterator[Offer]
+        if kind == _SILENT:
+            offers = self.index.silent.values()
+        elif kind in (_EVERY, _TELLING):
+            offers = self.index.all_offers()
+        else:
+            offers = self.index.having(kind or "").values()
+        return (offer for offer in offers if _counts(offer, kind, service_id))
+
+    def _place(
+        self, ranking: ModelRanking, peer_id: str, kind: str | None, service: str | None, now: float
+    ) -> None:
+        candidates = []
+        for offer in self.index.offers(peer_id):
+            if not _counts(offer, kind, service):
+                continue
+            standing = self._router.standing(peer_id, offer.place[1], now)
+            if standing is not None:
+                candidates.append(candidate(standing, offer.place[1], kind in offer.loaded))
+        ranking.put(peer_id, candidates)
+
+
+# Kinds of rankings besides the models' keys, which are never empty and hold no control characters.
+_SILENT = "\x00silent"  # services that don't tell their models
+_TELLING = "\x00telling"  # services that do
+_EVERY = "\x00every"
+
+
+def _counts(offer: Offer, kind: str | None, service_id: str | None) -> bool:
+    if service_id is not None and offer.place[1] != service_id:
+        return False
+    if kind == _EVERY:
+        return True
+    if kind == _SILENT:
+        return not offer.models
+    return bool(offer.models) if kind == _TELLING else kind in offer.models
+
+
+def _aimed(row: CandidateRow, request: ModelRequest) -> bool:
+    return request.target is None or request.target in (row.peer_id, row.name)
+
+
+def _picky(request: ModelRequest) -> bool:
+    return bool(request.exclude) or request.target is not None
+
+
+def _hot(
+    able: Sequence[Candidate], ranking: ModelRanking, depths: Mapping[Place, int], length: int
+) -> Candidate | None:
+    """Return the candidate with the deepest match, if that is deep enough to matter."""
+    best: Candidate | None = None
+    for place, depth in depths.items():  # the deepest first
+        if depth / length < MIN_PREFIX_MATCH:
+            return None
+        each = ranking.placed.get(place)
+        # Without the model in memory there is no cache any more.
+        if each is not None and (able is ranking.ready or each in able):
+            best = each
+            break
+    if best is not None and not best.loaded and any(each.loaded for each in able):
+        return None
+    return best
+
+
+def _coldest(able: Sequence[Candidate], limit: int, cached: Mapping[Place, Weight]) -> Candidate:
+    """Return, among those within the guard, who has the model loaded and the least cached."""
+    best: Candidate | None = None
+    least = 0.0
+    for each in able:
+        if each.in_flight > limit:
+            break
+        weight = cached.get(each.place)
+        total = 0.0 if weight is None else weight.total
+        if (
+            best is None
+            or each.loaded > best.loaded
+            or (each.loaded == best.loaded and total < least)
+        ):
+            best, least = each, total
+            # Nobody behind it is better: the order is the policy's.
+            if each.loaded and total == 0.0:
+                break
+    assert best is not None  # the first is within the guard
+    return best
