@@ -229,15 +229,13 @@ class ModelRouter:
         chosen = pick.chosen
 
         def row(each: Candidate) -> CandidateRow:
-            if not chain:
-                return each.row
             depth = depths.get(each.place)
             return replace(each.row, match_ratio=depth / len(chain)) if depth else each.row
 
         best = list(islice(able, MAX_ROWS))
         if chosen is not None and chosen not in best:
             best[-1] = chosen
-        rows = [row(each) for each in best]
+        rows = [row(each) for each in best] if depths else [each.row for each in best]
         rows += islice(self._others(request, ranking), MAX_ROWS - len(rows))
         ratio = depths.get(chosen.place, 0) / len(chain) if chain and chosen else None
         return Decision(

@@ -84,13 +84,10 @@ class PrefixIndex(Generic[ReplicaT]):
         self.evict(now)
         last = self._entries.get((model, chain[-1]))
         was_its_own = last is not None and last.owner == owner
-        fresh: list[int] = []
-        for block in reversed(chain):
-            if self._record(model, block, owner, now):
-                fresh.append(block)
+        fresh = self._record(model, chain, owner, now)
         while len(self._entries) > self._max_entries:
             self._drop(next(iter(self._entries)))
-        return () if was_its_own else tuple(reversed(fresh))
+        return () if was_its_own else fresh
 
     def matches(self, model: str, chain: Sequence[int], now: float) -> dict[ReplicaT, int]:
         """Return for each replica how many blocks of the chain it served, the deepest first."""
@@ -143,19 +140,30 @@ class PrefixIndex(Generic[ReplicaT]):
                 return
             self._drop(key)
 
-    def _record(self, model: str, block: int, owner: ReplicaT, now: float) -> bool:
-        """Record one block; say whether it is new or changed hands."""
-        key = (model, block)
-        old = self._entries.get(key)
-        is_fresh = old is None or old.owner != owner
-        if old is not None:
-            self._weigh(model, old.owner, -1, old.seen)
-            self._entries.move_to_end(key)
-            old.owner, old.seen = owner, now
-        else:
-            self._entries[key] = _Entry(owner, now)
-        self._weigh(model, owner, +1, now)
-        return is_fresh
+    def _record(
+        self, model: str, chain: Sequence[int], owner: ReplicaT, now: float
+    ) -> tuple[int, ...]:
+        """Record the blocks; return those that are new or changed hands."""
+        entries = self._entries
+        fresh: list[int] = []
+        before: Counter[tuple[ReplicaT, float]] = Counter()  # as a rule, all were seen at once
+        for block in reversed(chain):
+            key = (model, block)
+            entry = entries.get(key)
+            if entry is None:
+                entries[key] = _Entry(owner, now)
+                fresh.append(block)
+                continue
+            before[entry.owner, entry.seen] += 1
+            if entry.owner != owner:
+                fresh.append(block)
+            entries.move_to_end(key)
+            entry.owner, entry.seen = owner, now
+        for (old_owner, seen), count in before.items():
+            self._weigh(model, old_owner, -count, seen)
+        self._weigh(model, owner, len(chain), now)
+        fresh.reverse()
+        return tuple(fresh)
 
     def _drop(self, key: tuple[str, int]) -> None:
         entry = self._entries.pop(key)
