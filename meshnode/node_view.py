@@ -6,13 +6,14 @@ It reads the parts that node.py built and changes none of them.
 from __future__ import annotations
 
 import time
+from typing import get_args
 
 import trio
 from prometheus_client import CollectorRegistry
 
 from meshnode import __version__
 from meshnode.config import Config
-from meshnode.core.ledger import LedgerEntry
+from meshnode.core.ledger import EntryState, LedgerEntry
 from meshnode.errors import PeerUnreachable
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.http import views
@@ -23,7 +24,7 @@ from meshnode.net.mesh import Mesh
 
 # Below what a client of the control API waits for an answer.
 _PING_LIMIT = 4.0  # seconds
-_STATES = ("up", "draining", "left", "offline")
+_STATES = get_args(EntryState)
 
 
 class LiveView:

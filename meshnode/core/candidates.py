@@ -75,6 +75,8 @@ class Candidates:
                 view.node = node
             else:
                 view.start_from(node)
+        entry = self.ledger.get(node.id)
+        view.suspicion = (entry.suspicion or "") if entry is not None else ""
         return view
 
     def standing(self, peer_id: str, service_id: str, now: float) -> Standing | None:
@@ -151,6 +153,7 @@ class Candidates:
         return (
             any(self.is_online(standing.peer_id, now) for standing in ranking.ready)
             or any(self.is_online(standing.peer_id, now) for standing in ranking.crowded)
+            or any(self.is_online(standing.peer_id, now) for standing in ranking.suspects)
             or any(self.is_online(standing.peer_id, now) for standing in ranking.held_back)
         )
 

@@ -9,6 +9,8 @@ What holds here, whatever arrives in whatever order:
 - Proof of life never moves back. What another peer relays is as old as that peer says.
 - A peer that said it leaves comes back by a newer Seq alone. One that was only lost comes back by
   that, or by any bytes from it.
+- Suspicion takes nobody out: a suspect is online until it is found dead, and any sign of life since
+  it was suspected ends the suspicion.
 - Entries and tombstones are bounded; whoever is offline makes room first, and nobody online does.
 """
 
@@ -30,7 +32,14 @@ MAX_RELAYED_AGE = 86_400.0  # seconds
 
 _NEVER = float("-inf")
 
-EntryState = Literal["up", "draining", "left", "offline"]
+EntryState = Literal["up", "draining", "suspect", "left", "offline"]
+# What the last sign of life was: the peer's own announcement, one that another handed on, bytes.
+Proof = Literal["announced", "relayed", "bytes"]
+_WHY_UP = {
+    "announced": "its announcement was heard",
+    "relayed": "a member handed on its announcement",
+    "bytes": "bytes came over its link",
+}
 
 
 class Observation(Enum):
@@ -54,6 +63,9 @@ class LedgerEntry:
     first_seen: float
     down_reason: str | None = None  # why it was taken out, if it was
     down_at: float = _NEVER  # when this node found it dead; older news can't undo that
+    suspicion: str | None = None  # why this node doubts that it is there, while it finds out
+    suspected_at: float = _NEVER
+    proof: Proof = "announced"  # what ``last_seen`` is the time of
     online_until: float = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -73,12 +85,28 @@ class LedgerEntry:
             return "left"
         if self.down_reason is not None:
             return "offline"
+        if self.suspicion is not None:
+            return "suspect"
         return self.node.state
 
     def state_at(self, now: float) -> EntryState:
         """Return ``state``, where silence up to ``now`` counts as offline at once."""
         state = self.state
-        return "offline" if state in ("up", "draining") and now >= self.online_until else state
+        return "offline" if state != "left" and now >= self.online_until else state
+
+    def reason_at(self, now: float) -> str:
+        """Return why the peer is in ``state_at(now)``, in words for a person."""
+        match self.state_at(now):
+            case "left":
+                return "it said goodbye"
+            case "offline":
+                return self.down_reason or "silent"
+            case "suspect":
+                return self.suspicion or ""
+            case "draining":
+                return "it takes no new work"
+            case _:
+                return _WHY_UP[self.proof]
 
     def is_online_at(self, now: float) -> bool:
         """Say whether the last proof of life is within the peer's window and nothing ended it."""
@@ -122,7 +150,7 @@ class Ledger:
         return len(self._entries)
 
     def watch(self, watcher: Callable[[str], None]) -> None:
-        """Tell ``watcher`` of each peer whose news, or whose being online, changed."""
+        """Tell ``watcher`` of each peer whose news, being online or being suspect changed."""
         self._watchers.append(watcher)
 
     # What is known
@@ -184,7 +212,8 @@ class Ledger:
         old = self._entries.get(node.id)
         if old is not None:
             return self._renew(old, node, envelope, heard, now)
-        entry = LedgerEntry(node, envelope, last_seen=heard, first_seen=now)
+        proof: Proof = "relayed" if age > 0.0 else "announced"
+        entry = LedgerEntry(node, envelope, last_seen=heard, first_seen=now, proof=proof)
         if not self._admit(entry, now):
             return Observation.FULL
         self._tombstones.pop(node.id, None)
@@ -201,13 +230,42 @@ class Ledger:
         if old is None or old.node.state == "leaving":
             return False
         was_online = old.is_online_at(now)
-        last_seen = max(old.last_seen, now)
-        self._put(replace(old, last_seen=last_seen, down_reason=None, down_at=_NEVER), now)
-        if not was_online:
+        entry = replace(
+            old,
+            last_seen=max(old.last_seen, now),
+            down_reason=None,
+            down_at=_NEVER,
+            suspicion=None if now >= old.suspected_at else old.suspicion,
+            proof="bytes",
+        )
+        self._put(entry, now)
+        if not was_online or entry.suspicion != old.suspicion:
             self._tell(peer_id)
         return not was_online
 
+    def forgive(self, seconds: float, now: float) -> None:
+        """Leave out of everybody's silence ``seconds`` during which this node stood still.
+
+        What came meanwhile waits to be read, so those seconds prove nothing against anybody.
+        """
+        for entry in tuple(self._live.values()):
+            self._put(replace(entry, last_seen=min(now, entry.last_seen + seconds)), now)
+
     # What is lost
+
+    def suspect(self, peer_id: str, reason: str, now: float) -> bool:
+        """Doubt, from ``now`` on, that the peer is there; say whether that is news.
+
+        It stays online, until it is found dead or shows life. This node never doubts itself here.
+        """
+        old = self._entries.get(peer_id)
+        if old is None or peer_id == self.self_id or not old.is_online_at(now):
+            return False
+        since = now if old.suspicion is None else old.suspected_at
+        self._put(replace(old, suspicion=reason, suspected_at=since), now)
+        if old.suspicion is None:
+            self._tell(peer_id)
+        return old.suspicion is None
 
     def mark_down(self, peer_id: str, reason: str, now: float) -> bool:
         """Take the peer offline at once; say whether it was online until now.
@@ -217,7 +275,7 @@ class Ledger:
         old = self._entries.get(peer_id)
         if old is None or peer_id == self.self_id or not old.is_online_at(now):
             return False
-        self._put(replace(old, down_reason=reason, down_at=now), now)
+        self._put(replace(old, down_reason=reason, down_at=now, suspicion=None), now)
         self._tell(peer_id)
         return True
 
@@ -241,7 +299,8 @@ class Ledger:
         for entry in silent:
             # Silence is no finding of a time: any newer record ends it, however it is dated, and
             # the window then says whether the peer is online.
-            self._put(replace(entry, down_reason="silent", down_at=_NEVER), now)
+            down = replace(entry, down_reason="silent", down_at=_NEVER, suspicion=None)
+            self._put(down, now)
             self._tell(entry.peer_id)
         for peer_id in [e.peer_id for e in self._entries.values() if self._is_outdated(e, now)]:
             self.forget(peer_id, now)
@@ -257,6 +316,7 @@ class Ledger:
         was_online = old.is_online_at(now)
         # Lost since that was heard elsewhere: newer news than ours, yet no sign of life.
         still_down = heard < old.down_at
+        proof: Proof = "relayed" if heard < now else "announced"
         entry = replace(
             old,
             node=node,
@@ -264,6 +324,8 @@ class Ledger:
             last_seen=max(old.last_seen, heard),
             down_reason=old.down_reason if still_down else None,
             down_at=old.down_at if still_down else _NEVER,
+            suspicion=old.suspicion if heard < old.suspected_at else None,
+            proof=proof if heard >= old.last_seen else old.proof,
         )
         self._put(entry, now)
         self._tell(node.id)

@@ -27,6 +27,7 @@ class Group(Enum):
 
     READY = "ready"
     CROWDED = "crowded"  # a newcomer with a request already: not while somebody proven is ready
+    SUSPECT = "suspect"  # nobody knows just now whether it is there: where nobody else is left
     FULL = "full"  # as many requests as it takes: later
     EJECTED = "ejected"  # put aside for its failures
     OUT = "out"  # draining, unhealthy, does not offer the service
@@ -46,7 +47,8 @@ class Standing(NamedTuple):
 
     def row_at(self, now: float, *, passed_over: bool = False) -> CandidateRow:
         """Return the row to show; ``passed_over``: others went before it for its group alone."""
-        if self.group is Group.READY or (self.group is Group.CROWDED and not passed_over):
+        may_be_picked = self.group in (Group.CROWDED, Group.SUSPECT) and not passed_over
+        if self.group is Group.READY or may_be_picked:
             return self.row
         reason = self.reason
         if self.group is Group.EJECTED and self.until is not None:
@@ -75,6 +77,7 @@ class PeerView:
     reported_at: float | None = None
     last_used: float = 0.0
     slots: dict[str, Slot] = field(default_factory=dict)
+    suspicion: str = ""  # why the ledger doubts that it is there, if it does
 
     def slot(self, service_id: str) -> Slot:
         """Return the load of one service, at first as announced."""
@@ -188,6 +191,8 @@ class PeerView:
             return Group.FULL, "busy", slot.answered_until
         if circuit is not None and circuit.in_trial:
             return Group.FULL, f"on trial with one request, as {circuit.why}", None
+        if self.suspicion and not pinned:
+            return Group.SUSPECT, f"suspect: {self.suspicion}", None
         done = circuit.successes if circuit is not None else 0
         if slot.own and done < PROVEN_AFTER and not self.is_self and not pinned:
             return (

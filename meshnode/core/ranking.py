@@ -15,11 +15,12 @@ from meshnode.core.peer_view import Group, Standing
 class Ranking:
     """The standings of all peers that offer one service."""
 
-    __slots__ = ("_placed", "crowded", "ejected", "full", "out", "proven", "ready")
+    __slots__ = ("_placed", "crowded", "ejected", "full", "out", "proven", "ready", "suspects")
 
     def __init__(self) -> None:
         self.ready: list[Standing] = []  # those that can be picked, the best first
         self.crowded: list[Standing] = []  # newcomers that have a request, the best first
+        self.suspects: list[Standing] = []  # for when nobody else is left, the best first
         self.proven: set[str] = set()  # peer IDs of those in ``ready`` that are no newcomers
         self.full: dict[str, Standing] = {}  # the others by peer ID
         self.ejected: dict[str, Standing] = {}
@@ -52,6 +53,8 @@ class Ranking:
                     self.proven.add(peer_id)
             case Group.CROWDED:
                 insort(self.crowded, standing)
+            case Group.SUSPECT:
+                insort(self.suspects, standing)
             case Group.FULL:
                 self.full[peer_id] = standing
             case Group.EJECTED:
@@ -70,6 +73,8 @@ class Ranking:
                 self.proven.discard(peer_id)
             case Group.CROWDED:
                 del self.crowded[bisect_left(self.crowded, placed)]
+            case Group.SUSPECT:
+                del self.suspects[bisect_left(self.suspects, placed)]
             case Group.FULL:
                 del self.full[peer_id]
             case Group.EJECTED:
@@ -81,13 +86,16 @@ class Ranking:
 def usable(standings: Iterable[Standing]) -> list[Standing]:
     """Return those of a few peers that can be picked, in the order given.
 
-    Newcomers that have a request already are among them only if nobody proven can be picked.
+    Newcomers that have a request already are among them only if nobody proven can be picked,
+    suspects only if nobody else can.
     """
-    ready, crowded, proven = [], [], False
+    ready, crowded, suspects, proven = [], [], [], False
     for standing in standings:
         if standing.group is Group.READY:
             ready.append(standing)
             proven = proven or standing.is_proven
         elif standing.group is Group.CROWDED:
             crowded.append(standing)
-    return ready if proven else [*ready, *crowded]
+        elif standing.group is Group.SUSPECT:
+            suspects.append(standing)
+    return ready if proven else [*ready, *crowded] or suspects

@@ -304,17 +304,31 @@ class Router:
             pools, passed_over = [ranking.ready], crowded
         else:
             pools, passed_over = [ranking.ready, crowded] if crowded else [ranking.ready], []
+        best, tried = self._sort_out(pools, request)
+        if best:
+            passed_over = [*passed_over, *ranking.suspects[:MAX_ROWS]]
+        elif ranking.suspects:
+            # One may well be there; whoever it fails goes on to the next peer.
+            pools = [ranking.suspects]
+            best, tried_too = self._sort_out(pools, request)
+            tried += tried_too
+        may_wait = not best and any(self._is_able(peer_id, request) for peer_id in ranking.full)
+        return _Choice(request.now, best, pools, tried, passed_over, ranking, may_wait)
+
+    def _sort_out(
+        self, pools: list[list[Standing]], request: _Request
+    ) -> tuple[list[Standing], list[CandidateRow]]:
+        """Return the best MAX_ROWS that this request can have, and those it tried already."""
         best: list[Standing] = []
         tried: list[CandidateRow] = []
-        for standing in merge(*pools) if len(pools) > 1 else ranking.ready:
+        for standing in merge(*pools) if len(pools) > 1 else pools[0]:
             if standing.peer_id in request.exclude:
                 tried.append(replace(standing.row, excluded="already tried"))
             elif self._candidates.is_online(standing.peer_id, request.now):
                 best.append(standing)
                 if len(best) == MAX_ROWS:
                     break
-        may_wait = not best and any(self._is_able(peer_id, request) for peer_id in ranking.full)
-        return _Choice(request.now, best, pools, tried, passed_over, ranking, may_wait)
+        return best, tried
 
     def _aim(self, request: _Request, target: str) -> Ranking:
         """Return the one peer that the caller asked for, as a ranking of one."""
@@ -350,7 +364,7 @@ class _Choice:
     best: list[Standing]  # of those that can be, the best MAX_ROWS
     pools: list[list[Standing]]  # among whom they are, the tried and the silent too
     tried: list[CandidateRow]
-    passed_over: list[Standing]  # newcomers that have a request already
+    passed_over: list[Standing]  # newcomers that have a request already, and suspects
     ranking: Ranking
     may_wait: bool  # nobody can be, but those who are full could a moment later
 

@@ -161,6 +161,7 @@ def _peer_view(
         "connected": is_self or link is not None,
         "rtt_ms": None if link is None or link.rtt is None else round(link.rtt * 1000, 3),
         "version": node.version or None,
+        "reason": "this node" if is_self else entry.reason_at(now),
         "down_reason": entry.down_reason,
     }
 

@@ -30,6 +30,9 @@ MIN_SPACING = 1.0  # seconds
 # A new link's topic streams open a moment after the link itself.
 _LINK_SETTLES = 0.15  # seconds
 LEAVING_TIMEOUT = 1.0  # seconds
+_EXPIRE_INTERVAL = 1.0  # seconds
+# A timer this late means that this node stood still, as when it was stopped by a signal.
+_STALL = 1.0  # seconds
 
 # Per origin: twice the rate of an honest node, and room for what a healed link held back.
 _ORIGIN_RATE = 2.0  # announcements per second
@@ -124,9 +127,16 @@ class Hearer:
         self._router.hear(node)
 
     async def expire_forever(self) -> None:
-        """Notice silence: once a second, take those out whose window has passed."""
+        """Notice silence: once a second, take those out whose window has passed.
+
+        What this node slept through itself is nobody's silence.
+        """
         while True:
-            await trio.sleep(1.0)
+            due = trio.current_time() + _EXPIRE_INTERVAL
+            await trio.sleep_until(due)
+            late = trio.current_time() - due
+            if late > _STALL:
+                self._ledger.forgive(late, trio.current_time())
             for peer_id in self._ledger.expire(trio.current_time()):
                 self._router.forget(peer_id)
                 self._metrics.ejections.labels(reason="silent").inc()

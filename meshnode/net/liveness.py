@@ -1,27 +1,31 @@
 """Who is still there: bytes are life, silence is asked about, a lost link is tried once more.
 
 The law here: this node believes its own probe and nobody's report, and before it takes a peer for
-dead it makes sure that it was not itself asleep.
+dead it makes sure that it was not itself asleep or cut off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 import trio
 
 from meshnode.core.ledger import Ledger
+from meshnode.core.self_check import seems_to_be_us, silent_links
 from meshnode.errors import MeshError, PeerUnreachable
 from meshnode.metrics import Metrics
 from meshnode.net.dialler import Dialler
-from meshnode.net.mesh import LinkEvent, LinkState, Mesh
+from meshnode.net.mesh import Link, LinkEvent, LinkState, Mesh
 
 # Together: a peer that fell silent is found within 5 s of its last byte; one that was stopped for
 # 3 s answers in time.
 _TICK = 0.5  # seconds
 PING_WHEN_IDLE = 1.0  # seconds without a byte from a peer
-PING_TIMEOUT = 3.3  # seconds
+# A ping this late makes the peer suspect: whoever else can serve is asked first.
+SUSPECT_AFTER = 1.0  # seconds
+PING_TIMEOUT = 3.3  # seconds, those included
 # What came while this node slept is read before anybody is judged.
 _GRACE = 0.1  # seconds
 # A timer this late means that this node itself stood still: its misses prove nothing.
@@ -32,8 +36,30 @@ REDIAL_TIMEOUT = 1.0  # seconds
 _PENALTY = 5.0  # seconds
 # Life signs are noted this coarsely: a finer grain tells nothing and costs a ledger write.
 _TOUCH_STEP = 2.0  # seconds
+# How much longer a peer has if most links fell silent together with it: a cable that is plugged
+# in again, a switch that restarts a port, a laptop that changes its access point.
+SELF_SUSPICION = 5.0  # seconds
+# A link that falls silent this soon after the others belongs to the same event.
+_SAME_EVENT = 10.0  # seconds
+_SELF_CHECK_INTERVAL = 0.25  # seconds
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Silence:
+    """A peer that gave no sign of life though it was asked."""
+
+    since: float  # when it was first asked
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class _SelfSuspicion:
+    """Most links are silent, so no silent peer is judged before ``until``."""
+
+    until: float
+    reason: str
 
 
 class Liveness:
@@ -41,6 +67,7 @@ class Liveness:
 
     Args:
         forget_load: told the peer ID of who was taken out; the router drops its report.
+        own_fault: says what is wrong with this host's own network, if it can tell.
     """
 
     def __init__(
@@ -51,14 +78,17 @@ class Liveness:
         *,
         forget_load: Callable[[str], None],
         metrics: Metrics,
+        own_fault: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._mesh = mesh
         self._ledger = ledger
         self._dialler = dialler
         self._forget_load = forget_load
         self._metrics = metrics
+        self._own_fault = own_fault
         self._probed: set[str] = set()
         self._last_stall = float("-inf")
+        self._self_suspicion: _SelfSuspicion | None = None
 
     async def keep_alive_forever(self) -> None:
         """Ping whoever fell silent, until cancelled."""
@@ -82,15 +112,16 @@ class Liveness:
 
     async def link_went_down(self, event: LinkEvent) -> None:
         """Try the peer once more; take it out if it can't be reached."""
-        if not self._is_online(event.peer_id):
+        peer_id = event.peer_id
+        if not self._is_online(peer_id):
             return  # it said goodbye, or was found dead already
-        try:
-            await self._dialler.connect(event.peer_id, timeout=REDIAL_TIMEOUT)
-        except MeshError as exc:
-            if not self._dialler.addrs_of(event.peer_id):
-                await trio.sleep(REDIAL_TIMEOUT)  # only it can dial: let it
-            if not self._dialler.is_linked(event.peer_id):
-                self.take_out(event.peer_id, "link_lost", f"{event.reason}; {exc}")
+        error = await self._redial(peer_id)
+        while error is not None and self._suspects_itself():
+            self._suspect(peer_id, self._self_suspicion)
+            await trio.sleep(_SELF_CHECK_INTERVAL)
+            error = await self._redial(peer_id)
+        if error is not None:
+            self.take_out(peer_id, "link_lost", f"{event.reason}; {error}")
 
     def take_out(self, peer_id: str, reason: str, error: str) -> None:
         """Drop the peer from the candidates at once; a life sign brings it back."""
@@ -99,35 +130,104 @@ class Liveness:
             self._metrics.ejections.labels(reason=reason).inc()
             log.info("peer_offline", peer_id=peer_id, reason=reason, error=error)
 
+    async def _redial(self, peer_id: str) -> str | None:
+        """Return why there is no link to the peer, after one try; None if there is."""
+        try:
+            await self._dialler.connect(peer_id, timeout=REDIAL_TIMEOUT)
+        except MeshError as exc:
+            if not self._dialler.addrs_of(peer_id):
+                await trio.sleep(REDIAL_TIMEOUT)  # only it can dial: let it
+            return None if self._dialler.is_linked(peer_id) else str(exc)
+        return None
+
+    # Silence
+
     async def _probe(self, peer_id: str) -> None:
         """Ask a silent peer for a sign of life, and take it out if there is none."""
         try:
-            await self._ping(peer_id)
-        except PeerUnreachable as exc:
-            await self._mesh.disconnect(peer_id, "no answer to a ping")
-            self.take_out(peer_id, "ping_timeout", str(exc))
+            silence = await self._ping(peer_id)
+            if silence is not None and seems_to_be_us(self._last_heard(), silence.since):
+                silence = await self._suspect_ourselves_first(peer_id, silence)
+            if silence is not None:
+                await self._mesh.disconnect(peer_id, "no answer to a ping")
+                self.take_out(peer_id, "ping_timeout", silence.error)
         finally:
             self._probed.discard(peer_id)
 
-    async def _ping(self, peer_id: str) -> None:
-        """Return once the peer showed life, or its link is gone (which is another's business).
+    async def _ping(self, peer_id: str) -> _Silence | None:
+        """Return None once the peer showed life, or its link is gone, which is another's business.
 
-        Raises:
-            PeerUnreachable: it showed none, and this node was awake all the time.
+        Its silence counts only if this node was awake all the time.
         """
         while True:
             asked_at = trio.current_time()
-            try:
-                await self._mesh.ping(peer_id, timeout=PING_TIMEOUT)
-            except PeerUnreachable:
-                await trio.sleep(_GRACE)
-                link = next((k for k in self._mesh.links() if k.peer_id == peer_id), None)
-                if link is None or link.last_received >= asked_at:
-                    return
-                if self._last_stall < asked_at:
-                    raise
-            else:
-                return
+            error = ""
+            for wait in (SUSPECT_AFTER, PING_TIMEOUT - SUSPECT_AFTER):
+                try:
+                    await self._mesh.ping(peer_id, timeout=wait)
+                except PeerUnreachable as exc:
+                    error = str(exc)
+                    await trio.sleep(_GRACE / 2)
+                if self._showed_life(peer_id, asked_at):
+                    return None
+                now = trio.current_time()
+                reason = f"no answer to a ping for {now - asked_at:.1f} s"
+                self._ledger.suspect(peer_id, reason, now)
+            if self._last_stall < asked_at:
+                return _Silence(asked_at, error)
+
+    def _showed_life(self, peer_id: str, since: float) -> bool:
+        """Whether bytes came from the peer; a link that is gone is judged where it went down."""
+        link = self._link(peer_id)
+        if link is not None and link.last_received >= since:
+            self._note_life(peer_id, link.last_received)
+        return link is None or link.last_received >= since
+
+    # Ourselves
+
+    async def _suspect_ourselves_first(self, peer_id: str, silence: _Silence) -> _Silence | None:
+        """Wait whether the silence of most links ends; return that of this peer if it stays."""
+        now = trio.current_time()
+        ours = self._self_suspicion
+        if ours is None or now >= ours.until + _SAME_EVENT:
+            ours = self._self_suspicion = self._begin_self_suspicion(silence.since, now)
+        while not self._showed_life(peer_id, silence.since):
+            now = trio.current_time()
+            if now >= ours.until:
+                if silent_links(self._last_heard(), silence.since) == len(self._mesh.links()):
+                    return _Silence(silence.since, f"{silence.error}; {ours.reason}")
+                return silence
+            if not seems_to_be_us(self._last_heard(), silence.since):
+                # The others are heard again: this one gets a chance of its own.
+                self._self_suspicion = None
+                return await self._ping(peer_id)
+            self._suspect(peer_id, ours)
+            await trio.sleep(_SELF_CHECK_INTERVAL)
+        return None
+
+    def _begin_self_suspicion(self, since: float, now: float) -> _SelfSuspicion:
+        heard = self._last_heard()
+        silent = silent_links(heard, since)
+        fault = self._own_fault()
+        why = fault or f"{silent} of {len(heard)} links fell silent at once"
+        log.warning("self_suspected", silent=silent, links=len(heard), own_fault=fault)
+        return _SelfSuspicion(now + SELF_SUSPICION, f"this node may be cut off itself: {why}")
+
+    def _suspects_itself(self) -> bool:
+        ours = self._self_suspicion
+        return ours is not None and trio.current_time() < ours.until
+
+    def _suspect(self, peer_id: str, ours: _SelfSuspicion | None) -> None:
+        if ours is not None:
+            self._ledger.suspect(peer_id, ours.reason, trio.current_time())
+
+    # Links and ledger
+
+    def _last_heard(self) -> list[float]:
+        return [link.last_received for link in self._mesh.links()]
+
+    def _link(self, peer_id: str) -> Link | None:
+        return next((link for link in self._mesh.links() if link.peer_id == peer_id), None)
 
     def _note_life(self, peer_id: str, last_received: float) -> None:
         entry = self._ledger.get(peer_id)
@@ -136,7 +236,9 @@ class Liveness:
         if entry.down_reason is not None:
             if last_received > entry.down_at + _PENALTY:
                 self.link_came_up(LinkEvent(LinkState.UP, peer_id, ""))
-        elif last_received - entry.last_seen >= _TOUCH_STEP:
+        elif last_received - entry.last_seen >= _TOUCH_STEP or (
+            entry.suspicion is not None and last_received >= entry.suspected_at
+        ):
             self._ledger.touch(peer_id, last_received)
 
     def _is_online(self, peer_id: str) -> bool:

@@ -323,3 +323,79 @@ def test_the_envelope_is_kept_as_it_came(ledger: Ledger) -> None:
     entry = ledger.get("a")
     assert entry is not None
     assert (entry.envelope, entry.first_seen) == (b"signed 2", 0.0)
+
+
+def test_a_suspect_stays_online_until_it_shows_life_or_is_found_dead(ledger: Ledger) -> None:
+    told: list[str] = []
+    ledger.observe(node("a"), now=0.0)
+    ledger.watch(told.append)
+    assert ledger.suspect("a", "no answer yet", 1.0) is True
+    assert ledger.suspect("a", "no answer still", 2.0) is False
+    assert ledger.suspect("nobody", "no answer", 2.0) is False
+    entry = ledger.get("a")
+    assert entry is not None
+    assert (entry.state_at(2.0), entry.reason_at(2.0)) == ("suspect", "no answer still")
+    assert online(ledger, 2.0) == {"a"}
+    assert told == ["a"]
+    assert ledger.touch("a", 3.0) is False
+    entry = ledger.get("a")
+    assert entry is not None
+    assert (entry.state_at(3.0), entry.reason_at(3.0)) == ("up", "bytes came over its link")
+    assert told == ["a", "a"]
+
+
+def test_bytes_from_before_the_suspicion_do_not_end_it(ledger: Ledger) -> None:
+    ledger.observe(node("a"), now=0.0)
+    ledger.suspect("a", "no answer", 5.0)
+    ledger.touch("a", 4.0)
+    assert ledger.observe(node("a", seq=2), now=6.0, age=2.0) is Observation.NEWER
+    entry = ledger.get("a")
+    assert entry is not None and entry.state == "suspect"
+    ledger.observe(node("a", seq=3), now=7.0)
+    entry = ledger.get("a")
+    assert entry is not None and entry.state == "up"
+
+
+def test_this_node_and_who_is_gone_are_never_suspect(ledger: Ledger) -> None:
+    for peer_id in ("self", "a", "b"):
+        ledger.observe(node(peer_id), now=0.0)
+    ledger.mark_down("a", "cut", 1.0)
+    ledger.observe(node("b", seq=2, state="leaving"), now=1.0)
+    assert not any(ledger.suspect(peer_id, "no answer", 2.0) for peer_id in ("self", "a", "b"))
+
+
+def test_a_suspect_that_is_found_dead_or_stays_silent_is_offline_for_that_reason(
+    ledger: Ledger,
+) -> None:
+    for peer_id in ("a", "b"):
+        ledger.observe(node(peer_id), now=0.0)
+        ledger.suspect(peer_id, "no answer", 1.0)
+    ledger.mark_down("a", "ping_timeout: 4 s", 2.0)
+    ledger.expire(40.0)
+    reasons = [(e.state_at(40.0), e.reason_at(40.0)) for e in ledger.entries()]
+    assert reasons == [("offline", "ping_timeout: 4 s"), ("offline", "silent")]
+
+
+def test_every_state_has_its_reason(ledger: Ledger) -> None:
+    ledger.observe(node("a"), now=10.0)
+    ledger.observe(node("b"), now=10.0, age=3.0)
+    ledger.observe(node("c", state="draining"), now=10.0)
+    ledger.observe(node("d", state="leaving"), now=10.0)
+    assert [(e.state_at(11.0), e.reason_at(11.0)) for e in ledger.entries()] == [
+        ("up", "its announcement was heard"),
+        ("up", "a member handed on its announcement"),
+        ("draining", "it takes no new work"),
+        ("left", "it said goodbye"),
+    ]
+
+
+def test_what_this_node_slept_through_is_nobodys_silence(ledger: Ledger) -> None:
+    ledger.observe(node("a"), now=0.0)
+    ledger.observe(node("b"), now=0.0)
+    ledger.mark_down("b", "cut", 5.0)
+    ledger.forgive(60.0, 70.0)
+    assert online(ledger, 99.0) == {"a"}
+    assert online(ledger, 100.0) == set()
+    ledger.forgive(1e9, 99.0)
+    entry = ledger.get("a")
+    assert entry is not None and entry.last_seen == 99.0

@@ -32,6 +32,7 @@ class Peer:
     last_seen: float
     down_at: float | None = None  # found dead then
     silent: bool = False  # expire() said so
+    suspected_at: float | None = None
 
     def online(self, now: float) -> bool:
         gone = self.state == "leaving" or self.down_at is not None or self.silent
@@ -85,6 +86,8 @@ class LedgerMachine(RuleBasedStateMachine):
         was_online = old.online(self.now)
         if old.down_at is not None and new.last_seen < old.down_at:
             new.down_at = old.down_at
+        if old.suspected_at is not None and new.last_seen < old.suspected_at:
+            new.suspected_at = old.suspected_at
         new.last_seen = max(new.last_seen, old.last_seen)
         self.peers[peer_id] = new
         if new.state == "leaving":
@@ -146,6 +149,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if peer is not None and peer.state != "leaving":
             returns = not peer.online(self.now)
             peer.last_seen, peer.down_at, peer.silent = self.now, None, False
+            peer.suspected_at = None
         assert self.ledger.touch(peer_id, self.now) is returns
 
     @rule(peer_id=st.sampled_from(PEERS))
@@ -153,8 +157,17 @@ class LedgerMachine(RuleBasedStateMachine):
         peer = self.peers.get(peer_id)
         was_online = peer is not None and peer_id != "self" and peer.online(self.now)
         if peer is not None and was_online:
-            peer.down_at = self.now
+            peer.down_at, peer.suspected_at = self.now, None
         assert self.ledger.mark_down(peer_id, "dial failed", self.now) is was_online
+
+    @rule(peer_id=st.sampled_from(PEERS))
+    def suspected(self, peer_id: str) -> None:
+        peer = self.peers.get(peer_id)
+        is_news = False
+        if peer is not None and peer_id != "self" and peer.online(self.now):
+            is_news = peer.suspected_at is None
+            peer.suspected_at = self.now if peer.suspected_at is None else peer.suspected_at
+        assert self.ledger.suspect(peer_id, "no answer", self.now) is is_news
 
     @rule(peer_id=st.sampled_from(PEERS))
     def forget(self, peer_id: str) -> None:
@@ -169,7 +182,7 @@ class LedgerMachine(RuleBasedStateMachine):
             gone = peer.state == "leaving" or peer.down_at is not None or peer.silent
             if not gone and not peer.online(self.now):
                 # Who was relayed too late was never online, so it can't fall silent either.
-                peer.silent = True
+                peer.silent, peer.suspected_at = True, None
                 silent.add(peer_id)
         told = set(self.ledger.expire(self.now))
         assert told <= silent
@@ -198,7 +211,8 @@ class LedgerMachine(RuleBasedStateMachine):
             assert entry.last_seen == peer.last_seen <= self.now
             assert entry.is_online_at(self.now) == peer.online(self.now)
             if entry.is_online_at(self.now):
-                assert entry.state_at(self.now) == peer.state
+                suspect = peer.suspected_at is not None
+                assert entry.state_at(self.now) == ("suspect" if suspect else peer.state)
             else:
                 left = peer.state == "leaving"
                 assert entry.state_at(self.now) == ("left" if left else "offline")

@@ -533,3 +533,42 @@ def test_a_claimed_decision_counts_like_a_lease_and_stands_among_the_decisions()
         assert bench.router.own_in_flight("d", "chat") == bench.router.own_total == 1
         assert bench.router.decisions()[0].model == "llama3"
     assert bench.router.own_total == 0
+
+
+# Suspects
+
+
+def test_a_suspect_is_held_back_while_anybody_else_can_serve() -> None:
+    bench = Bench(node("a", 8, limit=2), node("b", 24))
+    bench.ledger.suspect("b", "no answer to a ping", 1.0)
+    assert bench.picks(1) == ["a"]
+    rows = {row.peer_id: row.excluded for row in bench.explain().candidates}
+    assert rows == {"a": None, "b": "suspect: no answer to a ping"}
+    assert bench.picks(2) == ["a", "b"]  # the first is at its limit then
+
+
+def test_a_suspect_is_tried_last_and_serves_where_nobody_else_is_there() -> None:
+    bench = Bench(node("a", 8), node("b", 24))
+    bench.ledger.suspect("a", "no answer to a ping", 1.0)
+    assert bench.explain(exclude=("b",)).picked == "a"
+    bench.ledger.suspect("b", "no answer to a ping", 1.0)
+    assert bench.picks(2) == ["b", "a"]
+    assert bench.explain(target="a").picked == "a"
+    assert "2 already tried" in bench.refusal(exclude=("a", "b"))
+
+
+def test_a_suspect_that_shows_life_has_its_place_again() -> None:
+    bench = Bench(node("a", 8), node("b", 24))
+    bench.ledger.suspect("b", "no answer to a ping", 1.0)
+    assert bench.explain().picked == "a"
+    bench.ledger.touch("b", 1.0)
+    assert bench.explain().picked == "b"
+
+
+def test_dice_are_cast_over_those_who_are_not_suspect() -> None:
+    bench = Bench(*FOUR, policy="random")
+    for peer_id in "abc":
+        bench.ledger.suspect(peer_id, "no answer to a ping", 1.0)
+    assert set(bench.picks(20)) == {"d"}
+    bench.ledger.suspect("d", "no answer to a ping", 1.0)
+    assert set(bench.picks(40)) == set("abcd")

@@ -11,6 +11,7 @@ from meshnode.net.mesh import Link
 PEER_KEYS = {
     *("peer_id", "name", "state", "online", "last_seen_s", "available_vram", "total_vram"),
     *("gpu_count", "in_flight", "services", "addrs", "connected", "rtt_ms", "version"),
+    *("reason", "down_reason"),
 }
 
 
@@ -60,6 +61,22 @@ def test_last_seen_is_an_age_on_our_clock():
     assert (peer["last_seen_s"], peer["online"], peer["state"]) == (1.5, True, "up")
     (peer,) = view(ledger, router, now=141.0)["peers"]
     assert (peer["last_seen_s"], peer["online"], peer["state"]) == (41.0, False, "offline")
+
+
+def test_every_state_is_shown_with_its_reason():
+    ledger, router = mesh_of(
+        *(node(name) for name in ("me", "a", "b", "c")), node("d", state="leaving")
+    )
+    ledger.suspect("b", "no answer to a ping for 1.1 s", 100.5)
+    ledger.mark_down("c", "link_lost: closed by peer", 100.5)
+    shown = {p["peer_id"]: (p["state"], p["reason"]) for p in view(ledger, router)["peers"]}
+    assert shown == {
+        "me": ("up", "this node"),
+        "a": ("up", "its announcement was heard"),
+        "b": ("suspect", "no answer to a ping for 1.1 s"),
+        "c": ("offline", "link_lost: closed by peer"),
+        "d": ("left", "it said goodbye"),
+    }
 
 
 def test_in_flight_counts_our_leases_beside_what_others_hold():

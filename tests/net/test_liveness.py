@@ -1,0 +1,175 @@
+"""Who is taken for dead, and what this node holds against itself first; on the virtual clock."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from meshnode.errors import PeerUnreachable
+
+BOTH = 2.0  # seconds: links stand and announcements went round
+
+
+def state_of(observer, target):
+    """What ``observer`` says of ``target``: (state, reason)."""
+    entry = observer.ledger.get(target.peer_id)
+    return entry.state_at(trio.current_time()), entry.reason_at(trio.current_time())
+
+
+# Each test asks for the clock itself: pytest-trio overlooks one that only a fixture asks for.
+
+
+@pytest.fixture
+async def trio_of_nodes(make_node, start, wait_until, autojump_clock):
+    a = make_node("a")
+    b, c = (make_node(name, bootstraps=[a.addr]) for name in "bc")
+    await start(a, b, c)
+    await wait_until(lambda: all(n.online() == set("abc") for n in (a, b, c)), within=5)
+    await wait_until(lambda: all(len(n.linked()) == 2 for n in (a, b, c)), within=5)
+    await trio.sleep(10)
+    return a, b, c
+
+
+@pytest.fixture
+async def five_nodes(make_node, start, wait_until, autojump_clock):
+    boot = make_node("n0")
+    nodes = [boot, *(make_node(f"n{i}", bootstraps=[boot.addr]) for i in range(1, 5))]
+    await start(*nodes)
+    everybody = {node.name for node in nodes}
+    await wait_until(lambda: all(n.online() == everybody for n in nodes), within=5)
+    await wait_until(lambda: all(len(n.linked()) == 4 for n in nodes), within=5)
+    await trio.sleep(10)
+    return nodes
+
+
+async def test_a_late_answer_makes_suspect_and_the_answer_clears(
+    trio_of_nodes, network, autojump_clock
+):
+    a, b, _ = trio_of_nodes
+    network.cut(a.mesh, b.mesh)
+    await trio.sleep(2.9)
+    state, reason = state_of(a, b)
+    assert state == "suspect"
+    assert reason.startswith("no answer to a ping for 1.")
+    network.heal_all()
+    await trio.sleep(1)
+    assert state_of(a, b)[0] == "up"
+
+
+async def test_a_busy_peer_that_answers_no_ping_is_not_evicted(
+    trio_of_nodes, monkeypatch, autojump_clock
+):
+    """It streams: bytes come, but its answer is stuck behind megabytes of them."""
+    a, b, _ = trio_of_nodes
+
+    async def unanswered(peer_id, *, timeout):
+        await trio.sleep(timeout)
+        raise PeerUnreachable("no answer to a ping")
+
+    monkeypatch.setattr(a.mesh, "ping", unanswered)
+    end = a.memory_mesh.link_end(b.peer_id)
+    for _ in range(40):  # a byte every 1.5 s: idle enough to be asked each time
+        await trio.sleep(1.5)
+        end.last_received = trio.current_time()
+        assert "b" in a.online()
+    assert a.counted("ejections_total", reason="ping_timeout") <= 1  # c, which does not stream
+    assert state_of(a, b)[0] == "up"
+
+
+async def test_a_question_that_was_open_while_this_node_stood_still_is_asked_again(
+    trio_of_nodes, network, autojump_clock
+):
+    """The answer to the late ping comes half a second after the loop runs again."""
+    a, b, c = trio_of_nodes
+    network.cut(a.mesh, b.mesh)
+    await trio.sleep(3.2)
+    assert state_of(a, b)[0] == state_of(b, a)[0] == "suspect"
+    network.delay(a.mesh, b.mesh, 0.3)
+    autojump_clock.jump(10)  # nothing runs meanwhile: the loop stands still
+    network.heal_all()
+    await trio.sleep(3)
+    assert a.online() == b.online() == c.online() == set("abc")
+    assert state_of(a, b)[0] == state_of(b, a)[0] == "up"
+    for node in (a, b, c):
+        assert node.counted("ejections_total", reason="ping_timeout") == 0
+
+
+async def test_a_stall_longer_than_the_window_evicts_nobody(trio_of_nodes, autojump_clock):
+    a, b, c = trio_of_nodes
+    autojump_clock.jump(300)
+    await trio.sleep(20)
+    assert a.online() == b.online() == c.online() == set("abc")
+    assert a.counted("ejections_total", reason="silent") == 0
+
+
+async def test_when_all_fall_silent_at_once_this_node_suspects_itself_first(
+    five_nodes, network, autojump_clock
+):
+    """Its cable is out: nobody is evicted for some seconds, and then for an honest reason."""
+    one, *others = five_nodes
+    network.isolate(one.mesh)
+    await trio.sleep(6)
+    for other in others:
+        state, reason = state_of(one, other)
+        assert (state, reason) == (
+            "suspect",
+            "this node may be cut off itself: 4 of 4 links fell silent at once",
+        )
+    assert one.online() == {node.name for node in five_nodes}
+    assert all(one.name not in other.online() for other in others)  # they lost only one
+
+    await trio.sleep(5)
+    for other in others:
+        state, reason = state_of(one, other)
+        assert state == "offline"
+        assert reason.startswith("ping_timeout: ")
+        assert "this node may be cut off itself" in reason
+    assert one.online() == {one.name}
+
+
+async def test_a_cable_that_is_back_in_time_costs_nothing(five_nodes, network, autojump_clock):
+    one, *others = five_nodes
+    network.isolate(one.mesh)
+    await trio.sleep(4.8)  # all pings of this node have failed by now
+    assert {state_of(one, other)[0] for other in others} == {"suspect"}
+    network.heal_all()
+    await trio.sleep(1)
+    assert {state_of(one, other)[0] for other in others} == {"up"}
+    assert one.counted("ejections_total", reason="ping_timeout") == 0
+
+
+async def test_a_cable_that_is_back_late_heals_without_a_restart(
+    five_nodes, network, wait_until, autojump_clock
+):
+    one, *others = five_nodes
+    everybody = {node.name for node in five_nodes}
+    network.isolate(one.mesh)
+    await trio.sleep(90)
+    assert one.online() == {one.name}
+    network.heal_all()
+    assert (
+        await wait_until(lambda: all(node.online() == everybody for node in five_nodes), within=20)
+        <= 10
+    )
+    assert state_of(one, others[0])[0] == "up"
+
+
+async def test_one_of_many_that_falls_silent_is_judged_without_self_suspicion(
+    five_nodes, network, wait_until, autojump_clock
+):
+    one, *others = five_nodes
+    network.isolate(others[0].mesh)
+    assert await wait_until(lambda: others[0].name not in one.online(), within=6) <= 5
+    assert "cut off" not in state_of(one, others[0])[1]
+
+
+async def test_of_two_nodes_each_judges_the_other_at_once(
+    make_node, start, wait_until, network, autojump_clock
+):
+    a = make_node("a")
+    b = make_node("b", bootstraps=[a.addr])
+    await start(a, b)
+    await wait_until(lambda: a.online() == b.online() == set("ab"), within=5)
+    await trio.sleep(BOTH)
+    network.cut(a.mesh, b.mesh)
+    assert await wait_until(lambda: a.online() == {"a"}, within=6) <= 5
