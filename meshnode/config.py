@@ -83,6 +83,7 @@ class Config:
     announce_addr: tuple[str, ...] = ()
     bootstrap: tuple[str, ...] = ()
     mdns: bool = True
+    relay: bool = False
     expose: tuple[ExposedService, ...] = ()
     health: tuple[tuple[str, HealthCheck], ...] = ()  # by service; "auto" where none is named
     max_in_flight: tuple[tuple[str, int], ...] = ()  # by service; no limit where none is named
@@ -162,6 +163,7 @@ def resolve(
         announce_addr=read.many("announce_addr", parse_announce_addr),
         bootstrap=read.many("bootstrap", parse_bootstrap),
         mdns=read.switch("mdns", True),
+        relay=read.switch("relay", False),
         expose=read.many("expose", parse_exposed_service),
         health=read.many("health", parse_health),
         max_in_flight=read.many("max_in_flight", parse_max_in_flight),

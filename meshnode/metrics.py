@@ -137,6 +137,27 @@ class Metrics:
             ["outcome"],
             registry=registry,
         )
+        self.relay_reservations = Gauge(
+            "meshnode_relay_reservations",
+            "Members that are reached through this node",
+            registry=registry,
+        )
+        self.relay_circuits = Gauge(
+            "meshnode_relay_circuits",
+            "Connections of others that this node carries now",
+            registry=registry,
+        )
+        self.relay_refusals = Counter(
+            "meshnode_relay_refusals_total",
+            "Reservations and circuits refused, by the status of circuit relay v2",
+            ["status"],
+            registry=registry,
+        )
+        self.relay_bytes = Counter(
+            "meshnode_relay_bytes_total",
+            "Bytes carried for others, each counted once",
+            registry=registry,
+        )
         self.build_info = Gauge(
             "meshnode_build_info", "Always 1", ["version", "python"], registry=registry
         )

@@ -35,6 +35,7 @@ from meshnode.net.local_services import LocalService
 from meshnode.net.mdns import Mdns
 from meshnode.net.member import Member, MemberSettings
 from meshnode.net.peer_file import FILE_NAME, PeerFile
+from meshnode.net.reachability import Reachability
 from meshnode.node_view import LiveView
 from meshnode.values import AUTO
 
@@ -71,6 +72,7 @@ class Node:
             announce_addrs=config.announce_addr,
             membership=membership,
             metrics=metrics,
+            is_relay=config.relay,
         )
         self._peer_file = PeerFile(Path(config.state_dir) / FILE_NAME, self.network)
         self._peer_file.load()
@@ -84,6 +86,7 @@ class Node:
                 bootstraps=bootstraps,
                 services=_services(config),
                 policy=config.policy,
+                relay=config.relay,
                 announce_interval=config.announce_interval,
                 online_window=config.online_window,
                 queue_length=config.queue_length,
@@ -102,6 +105,15 @@ class Node:
             addrs=lambda: self._mesh.addrs,
             on_found=lambda _, addrs: member.peering.found(addrs),
             rng=rng,
+        )
+        self._reachability = Reachability(
+            self._mesh,
+            self._mesh,
+            member.ledger,
+            member.peering,
+            rng=rng,
+            on_change=member.announcer.changed,
+            seeks_relays=not config.relay,
         )
         self._view = LiveView(
             config,
@@ -173,6 +185,7 @@ class Node:
         parts.start_soon(self._peer_file.save_forever)
         if self.config.mdns:
             parts.start_soon(discover_forever, self._membership, self._make_mdns)
+        parts.start_soon(self._reachability.keep_forever)
         parts.start_soon(self._measure_lag_forever)
 
     def take(self, config: Config) -> None:

@@ -30,7 +30,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _WATCH_INTERVAL = 1.0  # seconds
 PEER_COLUMNS = (
     *("NAME", "PEER ID", "STATE", ">SEEN", ">FREE VRAM", ">TOTAL", ">IN FLIGHT"),
-    *("SERVICES", "MODELS", ">RTT"),
+    *("SERVICES", "MODELS", "PATH", ">RTT"),
 )
 CANDIDATE_COLUMNS = ("", "NAME", "PEER ID", ">IN FLIGHT", ">FREE VRAM", ">LAST USED", "EXCLUDED")
 # How each tier reads to people.
@@ -166,6 +166,7 @@ def peer_rows(body: Mapping[str, object]) -> list[tuple[object, ...]]:
                 peer.get("in_flight"),
                 ", ".join(_service_word(service) for service in services),
                 ", ".join(models[:3]) + (f" +{len(models) - 3}" if len(models) > 3 else ""),
+                peer.get("path"),
                 _milliseconds(peer.get("rtt_ms")),
             )
         )

@@ -54,6 +54,14 @@ def up(
         bool | None,
         typer.Option("--mdns/--no-mdns", help="Look for the mesh on the LAN.", show_default=False),
     ] = None,
+    relay: Annotated[
+        bool | None,
+        typer.Option(
+            "--relay/--no-relay",
+            help="Carry connections for members that can only dial out.",
+            show_default=False,
+        ),
+    ] = None,
     expose: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=HOST:PORT", help="A local server that members may use."),

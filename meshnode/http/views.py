@@ -159,6 +159,9 @@ def _peer_view(
         "services": [_service_view(s, loads[s.service_id]) for s in node.services],
         "addrs": list(node.addrs),
         "connected": is_self or link is not None,
+        # None where there is no link, as to this node itself.
+        "path": None if link is None else "direct" if link.via is None else "relayed",
+        "via": None if link is None else link.via,
         "rtt_ms": None if link is None or link.rtt is None else round(link.rtt * 1000, 3),
         "version": node.version or None,
         "reason": "this node" if is_self else entry.reason_at(now),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import trio
@@ -18,6 +18,11 @@ from meshnode.net.rng import Rng
 MAX_DIALS = 6
 DIAL_TIMEOUT = 3.0  # seconds, for one peer with all its addresses
 _ADDR_TIMEOUT = 1.5  # seconds for one address while there is another to try
+# Where a relay is known, direct ways may take this share of the time, in all; and for a while after
+# they led nowhere they are left to whoever replaces relayed links.
+_DIRECT_SHARE = 0.5
+_DIRECT_REST = 60.0  # seconds
+CIRCUIT = "/p2p-circuit/"  # in a multiaddr that leads through a relay
 FIRST_RETRY = 0.25  # seconds
 LAST_RETRY = 30.0  # seconds
 # Peers whose failures are remembered; more than a ledger holds are never dialled.
@@ -64,6 +69,7 @@ class Dialler:
         self._under_way: dict[str, trio.Event] = {}
         self._failures: dict[str, _Failures] = {}
         self._worked: dict[str, str] = {}  # the address that last led to a peer
+        self._relayed_until: dict[str, float] = {}  # peers whose direct ways led nowhere of late
         self._found: dict[str, tuple[str, ...]] = {}  # told by others than the peer itself
 
     def is_linked(self, peer_id: str) -> bool:
@@ -92,6 +98,10 @@ class Dialler:
         if addrs:
             self._known.note(peer_id, addrs)
 
+    def direct_addrs_of(self, peer_id: str) -> tuple[str, ...]:
+        """Return those of its addresses that need no relay."""
+        return tuple(addr for addr in self.addrs_of(peer_id) if CIRCUIT not in addr)
+
     def learn(self, peer_id: str, addrs: tuple[str, ...]) -> None:
         """Remember where a peer was found, the best address first, and forget what was before."""
         self._found.pop(peer_id, None)
@@ -116,7 +126,7 @@ class Dialler:
             return
         try:
             with trio.fail_after(timeout), self._marked_under_way(peer_id):
-                await self._try_addrs(peer_id)
+                await self._try_direct_first(peer_id, timeout)
         except trio.TooSlowError as exc:
             self._note_failure(peer_id)
             raise PeerUnreachable(f"{peer_id} did not answer within {timeout:g} s") from exc
@@ -134,8 +144,36 @@ class Dialler:
         self._remember(peer_id, addr)
         return peer_id
 
-    async def _try_addrs(self, peer_id: str) -> None:
-        addrs = self.addrs_of(peer_id)
+    async def connect_directly(self, peer_id: str, *, timeout: float) -> None:
+        """Make a link that needs no relay, though a relayed one stands.
+
+        Raises: as ``connect``.
+        """
+        try:
+            with trio.fail_after(timeout):
+                await self._try_addrs(peer_id, self.direct_addrs_of(peer_id))
+        except trio.TooSlowError as exc:
+            raise PeerUnreachable(f"{peer_id} did not answer within {timeout:g} s") from exc
+        self._relayed_until.pop(peer_id, None)
+
+    async def _try_direct_first(self, peer_id: str, timeout: float) -> None:
+        """Try every address; those that lead through a relay last, but in time."""
+        direct = self.direct_addrs_of(peer_id)
+        relayed = tuple(addr for addr in self.addrs_of(peer_id) if CIRCUIT in addr)
+        if not relayed:
+            await self._try_addrs(peer_id, direct)
+            return
+        if direct and self._relayed_until.get(peer_id, 0.0) <= trio.current_time():
+            with suppress(PeerUnreachable), trio.move_on_after(timeout * _DIRECT_SHARE):
+                await self._try_addrs(peer_id, direct)
+            if self.is_linked(peer_id):
+                return
+            if len(self._relayed_until) >= _MAX_REMEMBERED:
+                self._relayed_until.pop(next(iter(self._relayed_until)))
+            self._relayed_until[peer_id] = trio.current_time() + _DIRECT_REST
+        await self._try_addrs(peer_id, relayed)
+
+    async def _try_addrs(self, peer_id: str, addrs: tuple[str, ...]) -> None:
         failure: MeshError = PeerUnreachable(f"{peer_id} told no address")
         for number, addr in enumerate(addrs, start=1):
             timeout = DIAL_TIMEOUT if number == len(addrs) else _ADDR_TIMEOUT

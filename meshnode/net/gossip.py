@@ -6,9 +6,7 @@ are one and the same, and its Seq is new. Everything else is dropped and counted
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -17,6 +15,7 @@ import trio
 from meshnode.core.catalogue import fit_models
 from meshnode.core.ledger import Ledger, Observation
 from meshnode.core.node_data import MAX_ENVELOPE_BYTES, NodeData, State, decode_signed, encode
+from meshnode.core.rate import RateLimit
 from meshnode.errors import WireError
 from meshnode.metrics import Metrics
 from meshnode.net.mesh import LinkEvent, LinkState, Mesh, Verdict
@@ -55,12 +54,6 @@ class RemoteLoad(Protocol):
     def forget(self, peer_id: str) -> None: ...
 
 
-@dataclass(slots=True)
-class _Bucket:
-    tokens: float
-    at: float
-
-
 class Hearer:
     """Checks announcements, gossiped or relayed, and lets the ledger and the router observe them.
 
@@ -86,7 +79,7 @@ class Hearer:
         self._router = router
         self._open_sealed = open_sealed
         self._metrics = metrics
-        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+        self._rates = RateLimit(per_s=_ORIGIN_RATE, burst=_ORIGIN_BURST, max_keys=_MAX_ORIGINS)
 
     def hear(self, sender: str, envelope: bytes) -> Verdict:
         """Judge one gossiped message; ``sender`` is its proven origin, not who forwarded it."""
@@ -96,7 +89,7 @@ class Hearer:
         except WireError as exc:
             self._reject(exc.code, sender)
             return Verdict.REJECT
-        if not self._within_rate(sender, now):
+        if not self._rates.allows(sender, now):
             self._reject("rate_limited", sender)
             return Verdict.IGNORE
         observation = self._observe(node, envelope, now, age=0.0)
@@ -169,19 +162,6 @@ class Hearer:
         if observation in (Observation.NEW, Observation.NEWER, Observation.RETURNED):
             self._router.hear(node)
         return observation
-
-    def _within_rate(self, origin: str, now: float) -> bool:
-        bucket = self._buckets.pop(origin, None) or _Bucket(_ORIGIN_BURST, now)
-        self._buckets[origin] = bucket  # the latest stands last
-        if len(self._buckets) > _MAX_ORIGINS:
-            self._buckets.popitem(last=False)
-        earned = (now - bucket.at) * _ORIGIN_RATE
-        bucket.tokens = min(_ORIGIN_BURST, bucket.tokens + earned)
-        bucket.at = now
-        if bucket.tokens < 1.0:
-            return False
-        bucket.tokens -= 1.0
-        return True
 
     def _reject(self, reason: str, sender: str) -> None:
         self._metrics.announcements_rejected.labels(reason=reason).inc()

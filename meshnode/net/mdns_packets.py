@@ -249,7 +249,12 @@ def _is_port(text: str) -> bool:
 def addrs_for(addrs: Sequence[str], interface_ip: str) -> tuple[str, ...]:
     """Return which of this node's addresses to tell on an interface, its own first."""
     on_loopback = _is_loopback(interface_ip)
-    told = [addr for addr in addrs if on_loopback or not _is_loopback(_host(addr))]
+    told = [
+        addr
+        for addr in addrs
+        # On one network nobody needs a relay.
+        if "/p2p-circuit/" not in addr and (on_loopback or not _is_loopback(_host(addr)))
+    ]
     return tuple(sorted(told, key=lambda addr: _host(addr) != interface_ip))
 
 

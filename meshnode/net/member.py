@@ -56,6 +56,7 @@ class MemberSettings:
     bootstraps: tuple[str, ...] = ()  # multiaddrs that end in /p2p/<peer ID>
     services: tuple[LocalService, ...] = ()
     policy: Policy = "vram"
+    relay: bool = False  # whether the mesh given carries connections for others
     # Seconds, both; in a large mesh they stretch together (core/budget).
     announce_interval: float = ANNOUNCE_INTERVAL
     online_window: float = NODE_ONLINE_WINDOW
@@ -169,6 +170,7 @@ class Member:
             state=state,
             online_window=round(self._online_window()),
             version=settings.version,
+            relay=settings.relay,
         )
 
     def _announce_interval(self) -> float:

@@ -94,6 +94,7 @@ class Link:
     since: float  # trio.current_time() when it became a member's
     last_received: float  # trio.current_time() of the last bytes from it
     rtt: float | None  # seconds, the last ping's; None before the first
+    via: str | None = None  # the peer ID of the relay between; None where the link is direct
 
 
 StreamHandler = Callable[[MeshStream], Awaitable[None]]
@@ -143,7 +144,8 @@ class Mesh(Protocol):
     async def dial(self, addr: str, *, timeout: float) -> str:
         """Connect to a multiaddr that ends in ``/p2p/<peer ID>``; return the proven peer ID.
 
-        Returns at once if a live link to that peer exists already.
+        Returns at once if a live link to that peer exists already, unless that one is relayed and
+        ``addr`` is not: a direct link replaces it, and what runs on the old one is finished there.
 
         Raises:
             PeerUnreachable: nobody answered there in time, or not with that peer ID.

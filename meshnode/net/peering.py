@@ -129,6 +129,14 @@ class Peering:
         """
         await self._dialler.connect(peer_id, timeout=timeout)
 
+    async def connect_directly(self, peer_id: str, *, timeout: float) -> None:
+        """Make a link that needs no relay, though a relayed one stands. Raises as ``connect``."""
+        await self._dialler.connect_directly(peer_id, timeout=timeout)
+
+    def direct_addrs_of(self, peer_id: str) -> tuple[str, ...]:
+        """Return where a peer of the ledger says it can be dialled without a relay."""
+        return self._dialler.direct_addrs_of(peer_id)
+
     def report_unreachable(self, peer_id: str, error: str) -> None:
         """Take a peer out of the candidates at once: a stream to it could not be opened."""
         self._liveness.take_out(peer_id, "open_failed", error)

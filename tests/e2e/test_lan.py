@@ -5,74 +5,15 @@ The hosts are network namespaces joined by a bridge, so that nothing but the wir
 
 from __future__ import annotations
 
-import secrets
-import shutil
-import subprocess
 import threading
-from collections.abc import Iterator
 from time import monotonic
 
 import pytest
 
 from support.cluster import Cluster, Node, eventually
+from support.lan import Lan
 
 LISTEN = "/ip4/0.0.0.0/tcp/4201"
-
-
-def ip(*args: str) -> None:
-    done = subprocess.run(["ip", *args], capture_output=True, text=True, timeout=20, check=False)
-    if done.returncode != 0:
-        raise OSError(f"ip {' '.join(args)}: {done.stderr.strip()}")
-
-
-class Lan:
-    """A bridge in a namespace of its own, and hosts at its ports."""
-
-    def __init__(self) -> None:
-        self.tag = secrets.token_hex(3)
-        self.switch = f"mn{self.tag}s"
-        self.namespaces: list[str] = []
-
-    def open(self) -> None:
-        self._namespace(self.switch)
-        ip("-n", self.switch, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
-        ip("-n", self.switch, "link", "set", "br0", "up")
-
-    def host(self) -> str:
-        """Add a host at 10.77.0.N; return its namespace."""
-        number = len(self.namespaces)
-        name = f"mn{self.tag}{number}"
-        self._namespace(name)
-        port = f"port{number}"
-        peer = ("peer", "name", port, "netns", self.switch)
-        ip("-n", name, "link", "add", "eth0", "type", "veth", *peer)
-        ip("-n", self.switch, "link", "set", port, "master", "br0", "up")
-        ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
-        ip("-n", name, "link", "set", "eth0", "up")
-        return name
-
-    def _namespace(self, name: str) -> None:
-        ip("netns", "add", name)
-        self.namespaces.append(name)
-        ip("-n", name, "link", "set", "lo", "up")
-
-    def close(self) -> None:
-        for name in self.namespaces:
-            ip("netns", "del", name)
-
-
-@pytest.fixture
-def lan() -> Iterator[Lan]:
-    if shutil.which("ip") is None:
-        pytest.skip("network namespaces need the ip command")
-    lan = Lan()
-    try:
-        lan.open()
-    except OSError as exc:
-        lan.close()
-        pytest.skip(f"network namespaces are not permitted here: {exc}")
-    yield lan
-    lan.close()
 
 
 # The nodes must end before their network does.

@@ -264,10 +264,10 @@ class Cluster:
         """Start a node and wait until it is ready."""
         return self.start_node(name, *args, **settings).wait_ready()
 
-    def start_engine(self, name: str, *args: str) -> Engine:
+    def start_engine(self, name: str, *args: str, netns: str | None = None) -> Engine:
         """Start an engine without waiting for it."""
         argv = [sys.executable, "-m", "meshnode.testing.engine", "--name", name, "--port", "0"]
-        engine = Engine([*argv, *args], self.env())
+        engine = Engine([*_within(netns), *argv, *args], self.env())
         self.processes.append(engine)
         return engine
 

@@ -7,7 +7,7 @@ so that both keep the same one and no stream ever runs on the loser.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -16,11 +16,13 @@ import trio
 from meshnode.core.belonging import Membership
 from meshnode.core.membership import BLOCKED, Refusal
 from meshnode.errors import (
+    MeshError,
     MeshnodeError,
     PeerRefused,
     PeerUnreachable,
     StreamReset,
     TokenRefused,
+    WireError,
 )
 from meshnode.metrics import Metrics
 from meshnode.net.libp2p.door import Door
@@ -38,12 +40,15 @@ from meshnode.net.libp2p.membership import (
 from meshnode.net.libp2p.remedies import ForeignError
 from meshnode.net.libp2p.renewal import Renewal
 from meshnode.net.libp2p.stream import Libp2pStream
-from meshnode.net.libp2p.swarm import MeshConn, MeshSwarm, open_negotiated
-from meshnode.net.libp2p.tcp import TcpAddr, TcpStream, open_tcp, tune
+from meshnode.net.libp2p.swarm import MeshConn, MeshSwarm, RawStream, open_negotiated
+from meshnode.net.libp2p.tcp import TcpStream, tune
 from meshnode.net.mesh import LinkState
 
 _TOO_MANY = "too_many"
 _ACCEPT_PAUSE = 0.1  # seconds
+
+# Connect to where a peer is; raises OSError, PeerUnreachable or PeerRefused.
+OpenRaw = Callable[[], Awaitable[RawStream]]
 
 
 class Gate:
@@ -117,22 +122,23 @@ class Gate:
                 await trio.aclose_forcefully(socket)
                 return
             try:
-                await self._bring_in(tcp)
+                await self.bring_in(tcp)
             finally:
                 self._door.leave(knock)
         if scope.cancelled_caught:
             self._count_membership("crowded")
 
-    async def _bring_in(self, tcp: TcpStream) -> None:
+    async def bring_in(self, stream: RawStream) -> MeshConn | None:
+        """See one accepted stream through to membership; None, or a closed one, if it fails."""
         conn: MeshConn | None = None
         try:
             with trio.move_on_after(self._limits.handshake_timeout):
-                conn = await self._swarm.upgrade(tcp, None)
+                conn = await self._swarm.upgrade(stream, None)
         except ForeignError:
-            return  # counted; a stranger that speaks something else
+            return None  # counted; a stranger that speaks something else
         if conn is None:
             self._count_membership("timeout")
-            return
+            return None
         try:
             with trio.move_on_after(self._limits.membership_timeout):
                 await conn.settled.wait()
@@ -143,6 +149,7 @@ class Gate:
             if not conn.settled.is_set():
                 with trio.CancelScope(shield=True):
                     await conn.close("no room for connections without proof of membership")
+        return conn
 
     async def answer_membership(self, conn: MeshConn, stream: Libp2pStream) -> None:
         """Run the listening side of the exchange on one connection, pending or a member's."""
@@ -179,6 +186,8 @@ class Gate:
         older = self._links.get(conn.peer_id)
         if older is None and len(self._links) >= self._limits.max_links:
             return Refusal(code=_TOO_MANY, message="this node has all the links it can have")
+        if older is not None and _outranks(conn, older):
+            older = None
         if self._decides_about(conn.peer_id):
             busy = conn.peer_id in self._proving
             # The peer would not dial if it knew of a link: either the two dials crossed, or its
@@ -199,34 +208,32 @@ class Gate:
 
     # Dialling
 
-    async def dial(self, endpoint: TcpAddr, peer_id: str, *, timeout: float) -> None:
-        """Have a link to ``peer_id``, over ``endpoint`` if there is none yet.
+    async def dial(
+        self, peer_id: str, multiaddr: str, open_raw: OpenRaw, *, direct: bool, timeout: float
+    ) -> None:
+        """Have a link to ``peer_id``, over ``open_raw`` if there is none yet, or a worse one.
+
+        Args:
+            multiaddr: where that leads, for people.
+            direct: whether it leads there without a relay.
 
         Raises:
             PeerUnreachable, TokenRefused: as ``Mesh.dial``.
         """
-        where = f"{peer_id} at {endpoint.multiaddr}"
+        where = f"{peer_id} at {multiaddr}"
         kept_out = self._membership.now.objection(peer_id)
         if kept_out is not None:
             raise PeerUnreachable(f"{peer_id} is not dialled: {kept_out}")
         with trio.move_on_after(timeout) as scope:
             async with self._only_dial_to(peer_id):
-                if self._links.get(peer_id) is None:
-                    await self._dial(endpoint, peer_id, where)
+                link = self._links.get(peer_id)
+                if link is None or (direct and link.via is not None):
+                    await self._dial(peer_id, where, open_raw)
         if scope.cancelled_caught:
             raise PeerUnreachable(f"{where} did not answer within {timeout:g} s")
 
-    async def _dial(self, endpoint: TcpAddr, peer_id: str, where: str) -> None:
-        try:
-            socket = await open_tcp(endpoint)
-        except OSError as exc:
-            raise PeerUnreachable(f"{where} can't be reached: {exc}") from exc
-        try:
-            tune(socket.socket, user_timeout=self._limits.tcp_user_timeout)
-            conn = await self._swarm.upgrade(TcpStream(socket), peer_id)
-        except (OSError, ForeignError) as exc:
-            await trio.aclose_forcefully(socket)
-            raise PeerUnreachable(f"{where}: no secure connection: {exc}") from exc
+    async def _dial(self, peer_id: str, where: str, open_raw: OpenRaw) -> None:
+        conn = await self.connect(peer_id, where, open_raw)
         try:
             await self._prove(conn)
         except DuplicateConnection as exc:
@@ -243,10 +250,28 @@ class Gate:
                 await conn.close("cancelled")
             raise
 
+    async def connect(self, peer_id: str, where: str, open_raw: OpenRaw) -> MeshConn:
+        """Return a secure connection to ``peer_id`` that has not proven membership.
+
+        Raises:
+            PeerUnreachable: nobody is there, or somebody else.
+            TokenRefused: by the relay on the way.
+        """
+        try:
+            return await self._swarm.upgrade(await open_raw(), peer_id)
+        except ForeignError as exc:
+            raise PeerUnreachable(f"{where}: no secure connection: {exc}") from exc
+        except TokenRefused:
+            raise
+        except (OSError, MeshError, WireError) as exc:
+            raise PeerUnreachable(f"{where} can't be reached: {exc}") from exc
+
     async def _prove(self, conn: MeshConn) -> None:
         """Run the dialling side of the exchange, and make the connection a link."""
         peer_id = conn.peer_id
-        if self._links.get(peer_id) is not None or peer_id in self._proving:
+        older = self._links.get(peer_id)
+        known = older is not None and not _outranks(conn, older)
+        if known or peer_id in self._proving:
             raise DuplicateConnection("the peer's own connection came first")
         if self._decides_about(peer_id):
             self._proving[peer_id] = conn
@@ -323,3 +348,8 @@ class Gate:
 
     def _count_membership(self, outcome: str) -> None:
         self._metrics.memberships.labels(outcome=outcome).inc()
+
+
+def _outranks(conn: MeshConn, older: MeshConn) -> bool:
+    """Whether a new connection replaces one that stands: a direct one does a relayed one."""
+    return conn.via is None and older.via is not None

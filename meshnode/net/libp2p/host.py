@@ -6,26 +6,38 @@ library only what it can't harm. How a connection becomes a link is in ``gate.py
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
+import structlog
 import trio
 
 from meshnode.core.belonging import Membership
+from meshnode.core.node_data import MAX_ADDRS
 from meshnode.errors import ConfigError, PeerUnreachable, StreamReset, WireError
 from meshnode.metrics import Metrics
 from meshnode.net.libp2p import addrs as own_addrs
 from meshnode.net.libp2p import envelope
-from meshnode.net.libp2p.gate import Gate
+from meshnode.net.libp2p.autonat import AUTONAT, AutoNat, ask_dial_back
+from meshnode.net.libp2p.gate import Gate, OpenRaw
 from meshnode.net.libp2p.identity import Identity
 from meshnode.net.libp2p.limits import DEFAULT_LIMITS, Limits
 from meshnode.net.libp2p.links import Links
 from meshnode.net.libp2p.pubsub import MeshPubsub
+from meshnode.net.libp2p.relay.addrs import CircuitAddr, parse_addr
+from meshnode.net.libp2p.relay.client import Circuits
+from meshnode.net.libp2p.relay.hop import Hop
+from meshnode.net.libp2p.relay.limits import DEFAULT_RELAY_LIMITS, RelayLimits
+from meshnode.net.libp2p.relay.messages import HOP, STOP
 from meshnode.net.libp2p.remedies import quiet_libp2p_loggers
 from meshnode.net.libp2p.serving import Serving
 from meshnode.net.libp2p.stream import Libp2pStream
 from meshnode.net.libp2p.swarm import MeshConn, MeshHost, MeshSwarm, open_negotiated
-from meshnode.net.libp2p.tcp import bind_listeners, parse_tcp_addr
+from meshnode.net.libp2p.tcp import TcpAddr, TcpStream, bind_listeners, connect_tcp, parse_tcp_addr
 from meshnode.net.mesh import Link, LinkWatcher, MeshStream, MessageListener, StreamHandler
+
+log = structlog.get_logger(__name__)
 
 
 class Libp2pMesh:
@@ -40,6 +52,8 @@ class Libp2pMesh:
         metrics: Metrics,
         announce_addrs: tuple[str, ...] = (),
         limits: Limits = DEFAULT_LIMITS,
+        is_relay: bool = False,
+        relay_limits: RelayLimits = DEFAULT_RELAY_LIMITS,
     ) -> None:
         """Build a node that ``run_forever`` starts.
 
@@ -50,6 +64,8 @@ class Libp2pMesh:
             metrics: where faults and memberships are counted.
             announce_addrs: what to give out instead of the addresses listened on.
             limits: every bound and wait.
+            is_relay: whether to carry connections for members that can only dial out.
+            relay_limits: what that may cost, and the waits of both sides.
 
         Raises:
             ConfigError: an address to announce is no TCP multiaddr.
@@ -62,14 +78,14 @@ class Libp2pMesh:
         self._announce_addrs = announce_addrs
         self._limits = limits
         self._metrics = metrics
-        self._addrs: tuple[str, ...] = ()
+        self._addrs: tuple[str, ...] = ()  # those without a relay
         self._is_running = False
         self._links = Links()
         self._serving = Serving(limits, metrics)
         self._swarm = MeshSwarm(
             identity, metrics=metrics, serve=self._serving.serve, on_gone=self._forget
         )
-        self._host = MeshHost(self._swarm, lambda: self._addrs)
+        self._host = MeshHost(self._swarm, lambda: self.addrs)
         self._pubsub = MeshPubsub(self._host, metrics=metrics)
         self._gate = Gate(
             self._swarm,
@@ -81,6 +97,27 @@ class Libp2pMesh:
             admit=self._admit,
         )
         self._serving.use(self._host, self._gate.answer_membership)
+        self._circuits = Circuits(
+            self._links,
+            own_id=identity.peer_id,
+            bring_in=self._gate.bring_in,
+            dial_relay=self._dial_relay,
+            wall_time=time.time,
+            limits=relay_limits,
+            metrics=metrics,
+        )
+        self._serving.add_for_conns(STOP, self._circuits.answer_stop)
+        self._serving.add_for_conns(AUTONAT, AutoNat(self._answers_at, metrics).answer)
+        self._hop: Hop | None = None
+        if is_relay:
+            self._hop = Hop(
+                self._links,
+                own_addrs=lambda: self._addrs,
+                wall_time=time.time,
+                limits=relay_limits,
+                metrics=metrics,
+            )
+            self._serving.add_for_conns(HOP, self._hop.answer)
 
     @property
     def peer_id(self) -> str:
@@ -88,7 +125,8 @@ class Libp2pMesh:
 
     @property
     def addrs(self) -> tuple[str, ...]:
-        return self._addrs
+        relayed = self._circuits.addrs if self._addrs else ()
+        return (*self._addrs[: MAX_ADDRS - len(relayed)], *relayed)
 
     # Running
 
@@ -136,11 +174,25 @@ class Libp2pMesh:
         replaced = self._links.add(conn)
         self._pubsub.admit(conn.peer_id)
         for older in replaced:
-            self._swarm.close_soon(older, "replaced by a newer connection")
+            if older.via is not None and conn.via is None:
+                log.info("link_became_direct", peer_id=conn.peer_id, addr=conn.addr)
+                self._swarm.retire_soon(
+                    older,
+                    "replaced by a direct connection",
+                    is_current=partial(self._is_current, older),
+                )
+            else:
+                self._swarm.close_soon(older, "replaced by a newer connection")
+
+    def _is_current(self, conn: MeshConn) -> bool:
+        return self._links.get(conn.peer_id) is conn
 
     def _forget(self, conn: MeshConn) -> None:
         if self._links.remove(conn):
             self._pubsub.dismiss(conn.peer_id)
+            self._circuits.forget(conn.peer_id)
+            if self._hop is not None:
+                self._hop.forget(conn.peer_id)
 
     # What the node does with it
 
@@ -160,15 +212,34 @@ class Libp2pMesh:
         await self._pubsub.publish(topic, data)
 
     async def dial(self, addr: str, *, timeout: float) -> str:
-        endpoint = parse_tcp_addr(addr)
-        if endpoint.peer_id is None:
+        endpoint = parse_addr(addr)
+        peer_id = endpoint.peer_id
+        if peer_id is None:
             raise ConfigError(f"{addr!r} names no peer; it must end in /p2p/PEER_ID")
-        if endpoint.peer_id == self.peer_id:
+        if peer_id == self.peer_id:
             raise PeerUnreachable("that address is this node's own")
         if not self._is_running:
             raise PeerUnreachable("this node is not running")
-        await self._gate.dial(endpoint, endpoint.peer_id, timeout=timeout)
-        return endpoint.peer_id
+        if isinstance(endpoint, TcpAddr):
+            open_raw: OpenRaw = partial(self._open_tcp, endpoint)
+        else:
+            open_raw = partial(self._circuits.open, endpoint)
+        direct = isinstance(endpoint, TcpAddr)
+        await self._gate.dial(peer_id, endpoint.multiaddr, open_raw, direct=direct, timeout=timeout)
+        return peer_id
+
+    async def _open_tcp(self, endpoint: TcpAddr) -> TcpStream:
+        return await connect_tcp(endpoint, user_timeout=self._limits.tcp_user_timeout)
+
+    async def _dial_relay(self, addr: CircuitAddr) -> None:
+        limits = self._limits
+        await self._gate.dial(
+            addr.relay_id,
+            addr.relay.multiaddr,
+            partial(self._open_tcp, addr.relay),
+            direct=True,
+            timeout=limits.handshake_timeout + limits.membership_timeout,
+        )
 
     async def open_stream(self, peer_id: str, protocol_id: str, *, timeout: float) -> MeshStream:
         conn = self._link_to(peer_id)
@@ -187,6 +258,50 @@ class Libp2pMesh:
     async def disconnect(self, peer_id: str, reason: str) -> None:
         for conn in self._links.all_of(peer_id):
             await conn.close(reason)
+
+    # Being reached through relays (net/reachability.Relays)
+
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        """Peer IDs of the relays through which this node can be reached now."""
+        return self._circuits.reserved
+
+    async def reserve(self, relay_id: str, *, timeout: float) -> float:
+        """See ``relay.client.Circuits.reserve``."""
+        return await self._circuits.reserve(relay_id, timeout=timeout)
+
+    def release(self, relay_id: str) -> None:
+        """See ``relay.client.Circuits.release``."""
+        self._circuits.release(relay_id)
+
+    async def is_dialable_from(self, peer_id: str, *, timeout: float) -> bool:
+        """Ask a linked peer whether it can dial this node without a relay.
+
+        Raises:
+            PeerUnreachable: no live link, or no answer in time.
+            PeerRefused: it does not try, for this node or for anybody.
+        """
+        if not self._addrs:
+            return False
+        stream = await self.open_stream(peer_id, AUTONAT, timeout=timeout)
+        assert isinstance(stream, Libp2pStream)
+        try:
+            with trio.fail_after(timeout):
+                return await ask_dial_back(stream, self.peer_id, self._addrs)
+        except trio.TooSlowError as exc:
+            raise PeerUnreachable(f"{peer_id} did not answer within {timeout:g} s") from exc
+        except (StreamReset, WireError) as exc:
+            raise PeerUnreachable(f"the stream to {peer_id} failed: {exc}") from exc
+
+    async def _answers_at(self, peer_id: str, addr: str) -> bool:
+        open_raw = partial(self._open_tcp, parse_tcp_addr(addr))
+        try:
+            conn = await self._gate.connect(peer_id, addr, open_raw)
+        except PeerUnreachable:
+            return False
+        with trio.CancelScope(shield=True):
+            await conn.close("it was only to be seen whether it answers")
+        return True
 
     def seal(self, payload: bytes) -> bytes:
         return envelope.seal(self._identity, payload)

@@ -90,4 +90,5 @@ def _link(conn: MeshConn) -> Link:
         since=conn.since,
         last_received=max(conn.since, conn.muxed_conn.last_received),
         rtt=conn.rtt,
+        via=conn.via,
     )

@@ -105,13 +105,13 @@ def _encode(line: str) -> bytes:
 
 async def _read_line(stream: Duplex) -> str:
     """Read exactly one line: bytes behind it belong to the protocol chosen."""
-    length = (await _read_exactly(stream, 1))[0]
+    length = (await read_exactly(stream, 1))[0]
     if length & 0x80:
-        high = (await _read_exactly(stream, 1))[0]
+        high = (await read_exactly(stream, 1))[0]
         length = length & 0x7F | high << 7
     if not 1 <= length <= _MAX_LINE_BYTES:
         raise _bad(f"a line of {length} bytes")
-    body = await _read_exactly(stream, length)
+    body = await read_exactly(stream, length)
     if body[-1:] != b"\n":
         raise _bad("a line without its end")
     try:
@@ -120,12 +120,17 @@ async def _read_line(stream: Duplex) -> str:
         raise _bad("a line that is not UTF-8") from exc
 
 
-async def _read_exactly(stream: Duplex, count: int) -> bytes:
-    data = await stream.receive_some(count)
+async def read_exactly(stream: Duplex, count: int) -> bytes:
+    """Return ``count`` bytes, and take no more.
+
+    Raises:
+        StreamReset: the stream ended, or died, before.
+    """
+    data = await stream.receive_some(count) if count else b""
     while len(data) < count:
         more = await stream.receive_some(count - len(data)) if data else b""
         if not more:
-            raise StreamReset("the stream ended while its protocol was being chosen")
+            raise StreamReset("the stream ended inside a message")
         data += more
     return data
 

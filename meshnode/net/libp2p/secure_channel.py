@@ -3,7 +3,7 @@
 libp2p's noise reads two bytes for a length, then the body, each through three layers with a lock,
 and so pays for a message of 20 bytes as for one of 60,000. Here one read takes what the kernel
 has, and one write carries several messages. Where the connection is not noise over a socket of
-ours (a relayed one, say), libp2p's own reading and writing is used.
+ours, or a relayed one of ours, libp2p's own reading and writing is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.security.secure_session import SecureSession
 from noise.exceptions import NoiseMaxNonceError
 
-from meshnode.errors import PeerUnreachable, WireError
+from meshnode.errors import PeerUnreachable, StreamClosed, StreamReset, WireError
+from meshnode.net.libp2p.relay.circuit import CircuitStream
 
 # Four full noise messages; beyond that the gain is lost in the noise of the scheduler.
 _READ_BYTES = 256 * 1024
@@ -33,6 +34,8 @@ _BROKEN = (
     OSError,
     trio.BrokenResourceError,
     trio.ClosedResourceError,
+    StreamClosed,  # of a circuit
+    StreamReset,
 )
 
 
@@ -247,5 +250,7 @@ def _pipe_of(raw: object) -> _Pipe:
         # A subclass that sees every byte must go on to see it.
         if type(tcp).read is TrioTCPStream.read and type(tcp).write is TrioTCPStream.write:
             return _SocketPipe(tcp.stream)
+    if type(raw) is RawConnection and isinstance(raw.stream, CircuitStream):
+        return raw.stream
     assert isinstance(raw, IRawConnection)
     return _RawPipe(raw)

@@ -28,7 +28,8 @@ _PING_BYTES = 32  # libp2p's ping specification
 
 log = structlog.get_logger(__name__)
 
-MembershipAnswer = Callable[[MeshConn, Libp2pStream], Awaitable[None]]
+# Handlers of this room, which may look at the connection that a stream came over.
+ConnHandler = Callable[[MeshConn, Libp2pStream], Awaitable[None]]
 
 
 class Serving:
@@ -39,15 +40,18 @@ class Serving:
         self._metrics = metrics
         self._handlers: dict[str, StreamHandler] = {PING_PROTOCOL_ID: answer_pings}
         self._host: MeshHost | None = None
-        self._answer_membership: MembershipAnswer | None = None
+        self._conn_handlers: dict[str, ConnHandler] = {}
 
     def add(self, protocol_id: str, handler: StreamHandler) -> None:
         self._handlers[protocol_id] = handler
 
-    def use(self, host: MeshHost, answer_membership: MembershipAnswer) -> None:
+    def add_for_conns(self, protocol_id: str, handler: ConnHandler) -> None:
+        self._conn_handlers[protocol_id] = handler
+
+    def use(self, host: MeshHost, answer_membership: ConnHandler) -> None:
         """Also serve the protocols of ``host``, and membership before anything else."""
         self._host = host
-        self._answer_membership = answer_membership
+        self._conn_handlers[MEMBERSHIP] = answer_membership
 
     async def serve(self, conn: MeshConn, muxed: YamuxStream) -> None:
         """Serve one inbound stream to its end; raises nothing."""
@@ -84,7 +88,11 @@ class Serving:
             else:
                 if not await self._is_member(conn):
                     return None
-                served = wanted in self._handlers or self._foreign(wanted) is not None
+                served = (
+                    wanted in self._handlers
+                    or wanted in self._conn_handlers
+                    or self._foreign(wanted) is not None
+                )
             if served:
                 await responder.accept(wanted)
                 return wanted
@@ -104,15 +112,13 @@ class Serving:
         return conn.is_member
 
     async def _run(self, conn: MeshConn, muxed: YamuxStream, protocol_id: str) -> None:
-        handler = self._handlers.get(protocol_id)
+        stream = Libp2pStream(muxed, conn.peer_id, protocol_id)
         try:
             with foreign_faults(self._metrics, protocol_id, passing=(MeshError,)):
-                if protocol_id == MEMBERSHIP and self._answer_membership is not None:
-                    await self._answer_membership(
-                        conn, Libp2pStream(muxed, conn.peer_id, protocol_id)
-                    )
-                elif handler is not None:
-                    await handler(Libp2pStream(muxed, conn.peer_id, protocol_id))
+                if (conn_handler := self._conn_handlers.get(protocol_id)) is not None:
+                    await conn_handler(conn, stream)
+                elif (handler := self._handlers.get(protocol_id)) is not None:
+                    await handler(stream)
                 else:
                     await self._run_foreign(conn, muxed, protocol_id)
         except ForeignError as exc:

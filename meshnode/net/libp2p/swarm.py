@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 from libp2p.abc import INetConn, INetStream, IRawConnection, ISecureConn
+from libp2p.connection_types import ConnectionType
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
@@ -38,9 +39,16 @@ from meshnode.metrics import Metrics
 from meshnode.net.libp2p.identity import Identity
 from meshnode.net.libp2p.muxer import YamuxConn, YamuxStream, muxer_options
 from meshnode.net.libp2p.negotiate import Responder, propose
+from meshnode.net.libp2p.relay.circuit import CircuitStream
 from meshnode.net.libp2p.remedies import ForeignError, foreign_faults
 from meshnode.net.libp2p.tcp import TcpStream
 
+# How often a replaced connection is looked at for streams that still run on it.
+_RETIRE_INTERVAL = 2.0  # seconds
+
+
+# What a connection is put on.
+RawStream = TcpStream | CircuitStream
 StreamServer = Callable[["MeshConn", YamuxStream], Awaitable[None]]
 
 
@@ -49,12 +57,15 @@ class MeshConn(SwarmConn):
 
     muxed_conn: YamuxConn
 
-    def __init__(self, muxed: YamuxConn, swarm: MeshSwarm, *, addr: str, dialled: bool) -> None:
+    def __init__(
+        self, muxed: YamuxConn, swarm: MeshSwarm, *, addr: str, via: str | None, dialled: bool
+    ) -> None:
         direction = Direction.OUTBOUND if dialled else Direction.INBOUND
         super().__init__(muxed, swarm, direction)
         self.swarm: MeshSwarm = swarm
         self.peer_id = str(muxed.peer_id)
         self.addr = addr  # the remote multiaddr
+        self.via = via  # the peer ID of the relay between, if there is one
         self.dialled = dialled
         self.since = trio.current_time()  # of membership, once it is settled
         self.is_member = False
@@ -89,6 +100,14 @@ class MeshConn(SwarmConn):
                 await self.muxed_conn.start()
         except ForeignError:
             await self.close()
+
+    @property
+    def open_streams(self) -> int:
+        """How many streams are open, apart from those of libp2p's own protocols (pubsub)."""
+        # Those that ended at the other side may still be in the library's table.
+        foreign = [s.muxed_stream for s in self.streams]
+        still_open = sum(isinstance(s, YamuxStream) and not s.is_closed for s in foreign)
+        return self.muxed_conn.stream_count - still_open
 
     async def close(self, reason: str | None = None) -> None:
         """End the connection. The table and the watchers learn it before anything is awaited."""
@@ -169,22 +188,27 @@ class MeshSwarm(Swarm):
             finally:
                 self._nursery = None
 
-    async def upgrade(self, tcp: TcpStream, peer_id: str | None) -> MeshConn:
-        """Secure and mux a socket; ``peer_id`` is the expected one where this side dialled.
+    async def upgrade(self, stream: RawStream, peer_id: str | None) -> MeshConn:
+        """Secure and mux a stream; ``peer_id`` is the expected one where this side dialled.
+
+        Closes the stream on every way out but success.
 
         Raises:
             ForeignError: the other side does not speak the protocols, or is somebody else.
         """
         dialled = peer_id is not None
-        raw: IRawConnection = RawConnection(tcp, dialled)
+        kind = ConnectionType.DIRECT if stream.via is None else ConnectionType.RELAYED
+        raw: IRawConnection = RawConnection(stream, dialled, kind)
         try:
             with foreign_faults(self.metrics, "handshake"):
                 muxed = await self._secure_and_mux(raw, peer_id)
-                conn = MeshConn(muxed, self, addr=tcp.remote_multiaddr, dialled=dialled)
+                conn = MeshConn(
+                    muxed, self, addr=stream.remote_multiaddr, via=stream.via, dialled=dialled
+                )
                 await self._start(conn)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await tcp.close()
+                await stream.close()
             raise
         return conn
 
@@ -256,6 +280,23 @@ class MeshSwarm(Swarm):
         """Run a task on one connection for as long as this carries any."""
         if self._nursery is not None:
             self._nursery.start_soon(task, conn)
+
+    def retire_soon(self, conn: MeshConn, reason: str, *, is_current: Callable[[], bool]) -> None:
+        """Close a connection that another replaced once nothing runs on it any more.
+
+        Not at all if it became the current one again: the other one died first.
+        """
+        if self._nursery is not None:
+            self._nursery.start_soon(self._retire, conn, reason, is_current)
+
+    async def _retire(self, conn: MeshConn, reason: str, is_current: Callable[[], bool]) -> None:
+        while not conn.is_closed:
+            # Slept first: the other side may open a stream before it knows of the replacement.
+            await trio.sleep(_RETIRE_INTERVAL)
+            if is_current():
+                return
+            if conn.open_streams <= 0:
+                await conn.close(reason)
 
     async def close_all(self, reason: str) -> None:
         """Close every connection, all at the same time."""

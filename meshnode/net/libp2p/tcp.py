@@ -151,6 +151,21 @@ async def open_tcp(endpoint: TcpAddr) -> trio.SocketStream:
     raise refused or OSError(f"{endpoint.host} has no address")
 
 
+async def connect_tcp(endpoint: TcpAddr, *, user_timeout: float) -> TcpStream:
+    """Connect, and return the stream to put a secure connection on.
+
+    Raises:
+        OSError: as ``open_tcp``.
+    """
+    socket = await open_tcp(endpoint)
+    try:
+        tune(socket.socket, user_timeout=user_timeout)
+        return TcpStream(socket)
+    except OSError:
+        await trio.aclose_forcefully(socket)
+        raise
+
+
 def tune(sock: trio.socket.SocketType, *, user_timeout: float) -> None:
     """Send small frames at once, and give up on a link ``user_timeout`` seconds after it died.
 
@@ -173,6 +188,8 @@ def tune(sock: trio.socket.SocketType, *, user_timeout: float) -> None:
 
 class TcpStream(TrioTCPStream):
     """The library's stream, which knows no remote address over IPv6 (it expects two fields)."""
+
+    via: str | None = None  # nothing stands between
 
     def __init__(self, stream: trio.SocketStream) -> None:
         super().__init__(stream)

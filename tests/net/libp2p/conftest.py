@@ -13,6 +13,7 @@ from meshnode.metrics import Metrics
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import ephemeral_identity
 from meshnode.net.libp2p.limits import DEFAULT_LIMITS, Limits
+from meshnode.net.libp2p.relay.limits import DEFAULT_RELAY_LIMITS, RelayLimits
 from meshnode.net.mesh import LinkEvent
 
 KEY = b"k" * 32
@@ -52,6 +53,7 @@ def make_node() -> MakeNode:
         listen: tuple[str, ...] = LOOPBACK,
         limits: Limits = DEFAULT_LIMITS,
         announce_addrs: tuple[str, ...] = (),
+        relay: RelayLimits | None = None,  # of a node that is one
     ) -> Node:
         metrics, membership = Metrics(), by_keys(keys)
         node = Node(
@@ -61,6 +63,8 @@ def make_node() -> MakeNode:
             metrics=metrics,
             limits=limits,
             announce_addrs=announce_addrs,
+            is_relay=relay is not None,
+            relay_limits=relay or DEFAULT_RELAY_LIMITS,
         )
         node.metrics = metrics
         node.membership = membership

@@ -66,7 +66,7 @@ async def test_a_listener_that_only_pretends_to_know_the_key_is_refused(make_nod
         refused.set()
 
     refused = trio.Event()
-    one._serving._answer_membership = pretend
+    one._serving.add_for_conns(membership.PROTOCOL_ID, pretend)
     with trio.fail_after(5):
         async with run_nodes(one, two, linked=False):
             with pytest.raises(TokenRefused):
@@ -214,7 +214,7 @@ async def test_a_listener_that_never_answers_is_given_up(make_node, run_nodes):
     async def stall(*args: object) -> None:
         await trio.sleep_forever()
 
-    one._serving._answer_membership = stall
+    one._serving.add_for_conns(membership.PROTOCOL_ID, stall)
     with trio.fail_after(5):
         async with run_nodes(one, two, linked=False):
             with pytest.raises(PeerUnreachable, match="membership"):
