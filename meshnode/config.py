@@ -33,6 +33,7 @@ from meshnode.values import (
     parse_max_in_flight,
     parse_network,
     parse_node_name,
+    parse_origin,
     parse_peer_list,
     parse_policy,
     parse_proxy_mode,
@@ -58,6 +59,8 @@ DRAIN_GRACE_BOUNDS = (0.0, 86_400.0)
 # A prompt's worth of memory and two descriptors for each; and nobody waits for an hour.
 QUEUE_LENGTH_BOUNDS = (0, 10_000)
 QUEUE_TIMEOUT_BOUNDS = (0.1, 3600.0)
+# A prompt's first token takes seconds on any engine; nobody waits for one longer than a day.
+FIRST_BYTE_BOUNDS = (1.0, 86_400.0)
 
 # Settings that name where other settings stand; they are no fields of Config.
 _POINTERS = frozenset({"config"})
@@ -89,7 +92,10 @@ class Config:
     max_in_flight: tuple[tuple[str, int], ...] = ()  # by service; no limit where none is named
     drain_grace: float = 30.0  # seconds
     proxy: HostPort | None = None
-    proxy_mode: Literal["tcp"] = "tcp"
+    proxy_mode: Literal["http", "tcp"] = "http"
+    first_byte_timeout: float = 300.0  # seconds for an engine to begin its answer
+    cors_origin: tuple[str, ...] = ()  # whose pages may use the proxy
+    response_headers: bool = True  # x-meshnode-peer and x-meshnode-reason
     service: str | None = None
     target: str | None = None
     policy: Literal["vram", "rotate", "random"] = "vram"
@@ -169,7 +175,10 @@ def resolve(
         max_in_flight=read.many("max_in_flight", parse_max_in_flight),
         drain_grace=read.one("drain_grace", parse_duration, 30.0),
         proxy=read.optional("proxy", _proxy),
-        proxy_mode=read.one("proxy_mode", parse_proxy_mode, "tcp"),
+        proxy_mode=read.one("proxy_mode", parse_proxy_mode, "http"),
+        first_byte_timeout=read.one("first_byte_timeout", parse_duration, 300.0),
+        cors_origin=read.many("cors_origin", parse_origin),
+        response_headers=read.switch("response_headers", True),
         service=read.optional("service", parse_service_name),
         target=read.optional("target", parse_node_name),
         policy=read.one("policy", parse_policy, "vram"),
@@ -455,6 +464,7 @@ def _check_times(config: Config) -> None:
         ("announce_interval", ANNOUNCE_INTERVAL_BOUNDS),
         ("online_window", ONLINE_WINDOW_BOUNDS),
         ("drain_grace", DRAIN_GRACE_BOUNDS),
+        ("first_byte_timeout", FIRST_BYTE_BOUNDS),
     ):
         value: float = getattr(config, key)
         if not bounds[0] <= value <= bounds[1]:

@@ -60,6 +60,12 @@ class Metrics:
             ["tier"],
             registry=registry,
         )
+        self.requests = Counter(
+            "meshnode_requests_total",
+            "Requests of clients that the gateway took, by how they ended",
+            ["outcome"],
+            registry=registry,
+        )
         self.tunnels = Counter(
             "meshnode_tunnels_total",
             "Tunnels ended",

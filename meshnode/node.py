@@ -25,11 +25,8 @@ from meshnode.errors import ConfigError, ListenFailed, MeshnodeError
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.gpu.probe import find_readers
 from meshnode.http import control_api, server
-from meshnode.http.guard import Access, make_local_key
-from meshnode.http.unavailable import answer_unavailable
 from meshnode.metrics import Metrics
 from meshnode.net.discovery import discover_forever
-from meshnode.net.federation_entry import EntryPoint, EntrySettings
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import Identity, load_or_create_identity
 from meshnode.net.local_services import LocalService
@@ -37,6 +34,7 @@ from meshnode.net.mdns import Mdns
 from meshnode.net.member import Member, MemberSettings
 from meshnode.net.peer_file import FILE_NAME, PeerFile
 from meshnode.net.reachability import Reachability
+from meshnode.node_entry import build_entry
 from meshnode.node_view import LiveView
 from meshnode.values import AUTO
 
@@ -125,19 +123,12 @@ class Node:
             gpu=self._gpu,
             metrics=metrics,
         )
-        self._access = Access(
-            api_key=config.api_key,
-            local_key=_local_key(Path(config.state_dir)),
-            allowed_hosts=(config.api.host,),
-        )
-        self._entry = EntryPoint(
-            member.router,
-            member.upstreams,
+        self._entry = build_entry(
+            config,
+            member,
             choose_service=self._view.choose_service,
-            refuse=answer_unavailable,
             metrics=metrics,
             wall_time=time.time,
-            settings=EntrySettings(target=config.target),
         )
 
     # Running
@@ -167,8 +158,11 @@ class Node:
             await mesh.start(self._mesh.run_forever)
             async with trio.open_nursery() as parts:
                 await self._start(parts)
-                parts.start_soon(self._view.watch_forever)
-                app = control_api.build_app(self._view, access=self._access, events=self._view.feed)
+                app = control_api.build_app(
+                    self._view,
+                    api_key=self.config.api_key,
+                    allowed_hosts=(self.config.api.host,),
+                )
                 await parts.start(server.serve_forever, app, api)
                 if proxy:
                     parts.start_soon(self._entry.serve_forever, proxy)
@@ -311,16 +305,6 @@ def _services(config: Config) -> tuple[LocalService, ...]:
 def _identity(state_dir: Path) -> Identity:
     try:
         return load_or_create_identity(state_dir / "identity.key")
-    except OSError as exc:
-        raise ConfigError(
-            f"the state folder {state_dir} can't be used: {exc.strerror or exc}; "
-            "make it writable, or choose another with --state-dir"
-        ) from exc
-
-
-def _local_key(state_dir: Path) -> str:
-    try:
-        return make_local_key(state_dir)
     except OSError as exc:
         raise ConfigError(
             f"the state folder {state_dir} can't be used: {exc.strerror or exc}; "

@@ -24,6 +24,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # base58 of a hashed or an inlined public key
 _PEER_ID = re.compile(r"(12D3KooW|16Uiu2HA|Qm)[1-9A-HJ-NP-Za-km-z]{40,60}")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.:\[\]_-]+|null")
 _NETWORK = re.compile(r"[a-z0-9-]{1,32}")
 # A path of a request: visible ASCII, so that nothing in it can end the request line.
 _PATH = re.compile(r"/[!-~]{0,255}")
@@ -211,13 +212,20 @@ def parse_node_name(text: str) -> str:
     return name
 
 
-def parse_proxy_mode(text: str) -> Literal["tcp"]:
+def parse_proxy_mode(text: str) -> Literal["http", "tcp"]:
     """Return how the proxy treats connections."""
-    if text == "tcp":
-        return "tcp"
-    if text == "http":
-        raise ValueError("is not served by this version; leave it off, or write tcp")
-    raise ValueError("is no proxy mode; write tcp")
+    match text:
+        case "http" | "tcp":
+            return text
+    raise ValueError("is no proxy mode; write http, or tcp for anything that is not HTTP")
+
+
+def parse_origin(text: str) -> str:
+    """Return the origin of a page, as browsers send it; ``*`` is every page."""
+    origin = text.strip().rstrip("/")
+    if origin != "*" and not _ORIGIN.fullmatch(origin):
+        raise ValueError("is no origin; write it like https://chat.example, or * for every page")
+    return origin
 
 
 def parse_policy(text: str) -> Literal["vram", "rotate", "random"]:

@@ -91,7 +91,28 @@ def up(
             help="Serve the mesh here; --proxy alone means 127.0.0.1:8080.",
         ),
     ] = None,
-    proxy_mode: Annotated[str | None, typer.Option(metavar="tcp")] = None,
+    proxy_mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="http|tcp",
+            help="http routes each request; tcp each connection, whatever it carries.",
+        ),
+    ] = None,
+    first_byte_timeout: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="For an answer to begin; default 300.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Pages that may use the proxy; default none."),
+    ] = None,
+    response_headers: Annotated[
+        bool | None,
+        typer.Option(
+            "--response-headers/--no-response-headers",
+            help="Say in headers which peer answered, and why.",
+            show_default=False,
+        ),
+    ] = None,
     service: Annotated[
         str | None, typer.Option(help="Which service the proxy serves; default the only one.")
     ] = None,

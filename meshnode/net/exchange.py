@@ -6,6 +6,7 @@ connection of its own. Kept ones count as no load, are bounded in number, and cl
 
 from __future__ import annotations
 
+import contextlib
 import math
 from contextlib import ExitStack
 from typing import Generic, Protocol, TypeVar
@@ -51,6 +52,9 @@ class Exchange(Protocol):
 
     async def finish(self) -> None:
         """Say that the whole answer was read; what carried it is kept for the next request."""
+
+    async def close(self) -> None:
+        """Say that the whole answer was read, and that the backend's connection ends with it."""
 
     def reset(self) -> None:
         """Give up: the backend sees its connection cut, unless all was finished before."""
@@ -123,6 +127,12 @@ class TunnelExchange:
         if quiet and not self._kept.put(self._key, tunnel):
             await tunnel.aclose()
 
+    async def close(self) -> None:
+        # END tells the other side not to keep the connection; the tunnel itself is kept.
+        with contextlib.suppress(MeshError), trio.CancelScope(shield=True):
+            await self._tunnel.send_eof()
+        await self.finish()
+
     def reset(self) -> None:
         if not self._over:
             self._over = True
@@ -168,6 +178,10 @@ class LocalExchange:
             or not self._kept.put(self._key, self._connection)
         ):
             self._connection.close()
+
+    async def close(self) -> None:
+        self._ended = True
+        await self.finish()
 
     def reset(self) -> None:
         if not self._over:

@@ -19,6 +19,7 @@ import pytest
 
 from support.cluster import Backend, Cluster, Node, answer_with_hash, eventually, read_to_end
 
+TCP = ("--proxy-mode", "tcp")  # for what is not HTTP
 MakeBackend = Callable[[Callable[[socket.socket], None]], Backend]
 
 
@@ -90,7 +91,7 @@ def test_a_client_that_half_closes_still_gets_its_answer(
 ) -> None:
     service = backend(answer_with_hash)
     host = cluster.node("host", "--expose", f"raw={service.address}")
-    entry = cluster.entry(host)
+    entry = cluster.entry(host, *TCP)
     wait_for(entry, "host")
     with socket.create_connection(entry.proxy, timeout=20) as client:
         client.sendall(b"question")
@@ -113,7 +114,7 @@ def test_a_backend_that_half_closes_first_still_hears_the_client(
             done.set()
 
     host = cluster.node("host", "--expose", f"raw={backend(greet_then_listen).address}")
-    entry = cluster.entry(host)
+    entry = cluster.entry(host, *TCP)
     wait_for(entry, "host")
     with socket.create_connection(entry.proxy, timeout=20) as client:
         assert read_to_end(client) == b"greeting"
@@ -131,7 +132,7 @@ def test_a_cut_answer_never_looks_whole(cluster: Cluster, backend: MakeBackend) 
         read_to_end(connection)
 
     host = cluster.node("host", "--expose", f"raw={backend(answer_without_end).address}")
-    entry = cluster.entry(host)
+    entry = cluster.entry(host, *TCP)
     wait_for(entry, "host")
     with socket.create_connection(entry.proxy, timeout=20) as client:
         assert started.wait(20)
@@ -143,7 +144,7 @@ def test_a_cut_answer_never_looks_whole(cluster: Cluster, backend: MakeBackend) 
 
 def test_a_body_of_200_mb_arrives_whole(cluster: Cluster, backend: MakeBackend) -> None:
     host = cluster.node("host", "--expose", f"raw={backend(answer_with_hash).address}")
-    entry = cluster.entry(host)
+    entry = cluster.entry(host, *TCP)
     wait_for(entry, "host")
     block, digest = os.urandom(1 << 20), hashlib.sha256()
     with socket.create_connection(entry.proxy, timeout=60) as client:
@@ -170,7 +171,7 @@ def test_two_hundred_streams_at_once(cluster: Cluster, backend: MakeBackend) -> 
     plain = ("--expose", f"raw={service.address}", "--health", "raw=tcp")
     first = cluster.node("host-a", *plain)
     cluster.node("host-b", *plain, bootstrap=first)
-    entry = cluster.entry(first)
+    entry = cluster.entry(first, *TCP)
     wait_for(entry, "host-a", "host-b")
     with ExitStack() as open_clients:
         clients = []

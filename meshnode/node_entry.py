@@ -1,0 +1,64 @@
+"""What stands behind the proxy's port: the HTTP gateway, or the plain carrier of connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import trio
+
+from meshnode.config import Config
+from meshnode.http.gateway.access import Access
+from meshnode.http.gateway.choice import ServiceChooser
+from meshnode.http.gateway.server import Gateway, GatewaySettings
+from meshnode.http.unavailable import answer_unavailable
+from meshnode.metrics import Metrics
+from meshnode.net.federation_entry import EntryPoint, EntrySettings
+from meshnode.net.member import Member
+
+
+class Entry(Protocol):
+    """Serves clients."""
+
+    async def serve_forever(self, listeners: Sequence[trio.SocketListener]) -> None:
+        """Accept clients until cancelled."""
+
+
+def build_entry(
+    config: Config,
+    member: Member,
+    *,
+    choose_service: Callable[[], str],
+    metrics: Metrics,
+    wall_time: Callable[[], float],
+) -> Entry:
+    """Return what the settings ask for; ``choose_service`` names the service of a request."""
+    if config.proxy_mode == "tcp":
+        return EntryPoint(
+            member.router,
+            member.upstreams,
+            choose_service=choose_service,
+            refuse=answer_unavailable,
+            metrics=metrics,
+            wall_time=wall_time,
+            settings=EntrySettings(target=config.target),
+        )
+    return Gateway(
+        ServiceChooser(
+            member.router,
+            member.queue,
+            target=config.target,
+            wall_time=wall_time,
+        ),
+        member.upstreams,
+        choose_service=choose_service,
+        access=Access(
+            loopback_only=config.proxy is None or config.proxy.is_loopback,
+            cors_origins=config.cors_origin,
+        ),
+        metrics=metrics,
+        settings=GatewaySettings(
+            first_byte_timeout=config.first_byte_timeout,
+            response_headers=config.response_headers,
+        ),
+    )
