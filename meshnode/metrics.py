@@ -119,6 +119,12 @@ class Metrics:
             "Requests turned away at once because too many waited already",
             registry=registry,
         )
+        self.loss_reports = Counter(
+            "meshnode_loss_reports_total",
+            "Reports that a peer was lost: sent, ignored, and what the own look at it said",
+            ["outcome"],  # sent, ignored, confirmed, wrong
+            registry=registry,
+        )
         self.gpu_read_errors = Counter(
             "meshnode_gpu_read_errors_total",
             "Failed readings of GPU memory",

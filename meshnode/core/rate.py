@@ -33,9 +33,24 @@ class RateLimit:
         self._buckets[key] = bucket  # the latest stands last
         if len(self._buckets) > self._max_keys:
             self._buckets.popitem(last=False)
-        bucket.tokens = min(self._burst, bucket.tokens + (now - bucket.at) * self._per_s)
+        bucket.tokens = self._tokens(bucket, now)
         bucket.at = now
         if bucket.tokens < 1.0:
             return False
         bucket.tokens -= 1.0
         return True
+
+    def is_spent(self, key: str, now: float) -> bool:
+        """Say whether ``key`` has had its share; counts nothing."""
+        bucket = self._buckets.get(key)
+        return bucket is not None and self._tokens(bucket, now) < 1.0
+
+    def give_back(self, key: str, now: float) -> None:
+        """Take back one that was counted."""
+        bucket = self._buckets.get(key)
+        if bucket is not None:
+            bucket.tokens = min(self._burst, self._tokens(bucket, now) + 1.0)
+            bucket.at = now
+
+    def _tokens(self, bucket: _Bucket, now: float) -> float:
+        return min(self._burst, bucket.tokens + (now - bucket.at) * self._per_s)

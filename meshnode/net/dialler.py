@@ -23,6 +23,9 @@ _ADDR_TIMEOUT = 1.5  # seconds for one address while there is another to try
 _DIRECT_SHARE = 0.5
 _DIRECT_REST = 60.0  # seconds
 CIRCUIT = "/p2p-circuit/"  # in a multiaddr that leads through a relay
+# Of a peer that others lost: one packet of the handshake may get lost too.
+PROBE_TIMEOUT = 2.0  # seconds for one address
+_PROBED_ADDRS = 4  # the likeliest; each may take the whole time
 FIRST_RETRY = 0.25  # seconds
 LAST_RETRY = 30.0  # seconds
 # Peers whose failures are remembered; more than a ledger holds are never dialled.
@@ -134,6 +137,32 @@ class Dialler:
             self._note_failure(peer_id)
             raise
         self._failures.pop(peer_id, None)
+
+    async def probe(self, peer_id: str) -> None:
+        """Find out whether a peer can be reached, by a link to it if there is none.
+
+        Waits for no other dial's turn, so that a failure says something about the peer: the
+        caller bounds how many run at a time.
+
+        Raises:
+            PeerUnreachable: none of its addresses leads to it.
+            TokenRefused: it has another token.
+        """
+        failure: MeshError = PeerUnreachable(f"{peer_id} told no address")
+        for addr in self.addrs_of(peer_id)[:_PROBED_ADDRS]:
+            if self.is_linked(peer_id):
+                return
+            try:
+                await self._mesh.dial(addr, timeout=PROBE_TIMEOUT)
+            except ConfigError as exc:
+                failure = PeerUnreachable(f"{peer_id} told a bad address: {exc}")
+            except PeerUnreachable as exc:
+                failure = exc
+            else:
+                self._remember(peer_id, addr)
+                return
+        self._note_failure(peer_id)
+        raise failure
 
     async def dial(self, addr: str, *, timeout: float = DIAL_TIMEOUT) -> str:
         """Connect to one address; return the peer ID found there. Raises as ``Mesh.dial``."""

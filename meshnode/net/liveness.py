@@ -86,6 +86,8 @@ class Liveness:
         self._forget_load = forget_load
         self._metrics = metrics
         self._own_fault = own_fault
+        # Told (peer ID, reason) of each peer that this node itself found dead.
+        self.on_loss: Callable[[str, str], None] = lambda _peer_id, _reason: None
         self._probed: set[str] = set()
         self._last_stall = float("-inf")
         self._self_suspicion: _SelfSuspicion | None = None
@@ -121,7 +123,7 @@ class Liveness:
             await trio.sleep(_SELF_CHECK_INTERVAL)
             error = await self._redial(peer_id)
         if error is not None:
-            self.take_out(peer_id, "link_lost", f"{event.reason}; {error}")
+            self._lose(peer_id, "link_lost", f"{event.reason}; {error}")
 
     def take_out(self, peer_id: str, reason: str, error: str) -> None:
         """Drop the peer from the candidates at once; a life sign brings it back."""
@@ -140,6 +142,64 @@ class Liveness:
             return None if self._dialler.is_linked(peer_id) else str(exc)
         return None
 
+    # Peers that others say are lost
+
+    def is_linked(self, peer_id: str) -> bool:
+        return self._dialler.is_linked(peer_id)
+
+    async def ask(self, peer_id: str) -> bool:
+        """Ask a linked peer for a sign of life, and take it out if there is none.
+
+        Returns whether it is there.
+        """
+        if peer_id not in self._probed:
+            self._probed.add(peer_id)
+            await self._probe(peer_id)
+        return self._is_online(peer_id)
+
+    async def dial(self, peer_id: str, reporter: str) -> bool:
+        """Look for a peer that another reported lost, and take it out if it can't be reached.
+
+        Returns whether it is there. One that tells no address can't be looked for: it stays
+        suspect until it is heard, or its window ends.
+        """
+        if not self._dialler.addrs_of(peer_id):
+            reason = f"{reporter} lost it, and it tells no address to look for it"
+            self._ledger.suspect(peer_id, reason, trio.current_time())
+            return False
+        while True:
+            asked_at = trio.current_time()
+            error = await self._look_for(peer_id, reporter)
+            if error is None or self._heard_since(peer_id, asked_at):
+                return True
+            if self._suspects_itself():
+                self._suspect(peer_id, self._self_suspicion)
+                await trio.sleep(_SELF_CHECK_INTERVAL)
+            elif self._last_stall < asked_at:
+                self.take_out(peer_id, "reported_lost", f"{reporter} lost it; {error}")
+                return False
+
+    async def _look_for(self, peer_id: str, reporter: str) -> str | None:
+        """Return why the peer can't be reached, or None if it can; it is suspect while late."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._suspect_when_late, peer_id, reporter)
+            try:
+                await self._dialler.probe(peer_id)
+            except MeshError as exc:
+                return str(exc)
+            finally:
+                nursery.cancel_scope.cancel()
+        return None
+
+    async def _suspect_when_late(self, peer_id: str, reporter: str) -> None:
+        await trio.sleep(SUSPECT_AFTER)
+        reason = f"{reporter} lost it, and it has not answered for {SUSPECT_AFTER:g} s"
+        self._ledger.suspect(peer_id, reason, trio.current_time())
+
+    def _heard_since(self, peer_id: str, at: float) -> bool:
+        entry = self._ledger.get(peer_id)
+        return entry is None or entry.last_seen > at
+
     # Silence
 
     async def _probe(self, peer_id: str) -> None:
@@ -150,9 +210,14 @@ class Liveness:
                 silence = await self._suspect_ourselves_first(peer_id, silence)
             if silence is not None:
                 await self._mesh.disconnect(peer_id, "no answer to a ping")
-                self.take_out(peer_id, "ping_timeout", silence.error)
+                self._lose(peer_id, "ping_timeout", silence.error)
         finally:
             self._probed.discard(peer_id)
+
+    def _lose(self, peer_id: str, reason: str, error: str) -> None:
+        if self._is_online(peer_id):
+            self.take_out(peer_id, reason, error)
+            self.on_loss(peer_id, reason)
 
     async def _ping(self, peer_id: str) -> _Silence | None:
         """Return None once the peer showed life, or its link is gone, which is another's business.

@@ -27,6 +27,7 @@ from meshnode.net.gossip import ANNOUNCE_INTERVAL, Announcer, Hearer, announce_t
 from meshnode.net.lease_queue import QUEUE_LENGTH, QUEUE_TIMEOUT, LeaseQueue
 from meshnode.net.ledger_sync import LedgerSync
 from meshnode.net.local_services import LocalService, LocalServices
+from meshnode.net.loss_reports import LossReports, loss_topic
 from meshnode.net.mesh import Mesh
 from meshnode.net.peering import Peering
 from meshnode.net.rng import Rng
@@ -123,6 +124,15 @@ class Member:
             metrics=metrics,
             known=known,
         )
+        self.loss_reports = LossReports(
+            mesh,
+            self.ledger,
+            self.peering.liveness,
+            topic=loss_topic(settings.network),
+            answer=self.announcer.changed,
+            rng=rng,
+            metrics=metrics,
+        )
         self.services = LocalServices(
             settings.services, metrics=metrics, on_change=self.announcer.changed
         )
@@ -151,6 +161,7 @@ class Member:
             nursery.start_soon(self.hearer.expire_forever)
             nursery.start_soon(self.services.check_health_forever)
             nursery.start_soon(self.upstreams.sweep_forever)
+            nursery.start_soon(self.loss_reports.run_forever)
             nursery.start_soon(self.peering.run_forever)
 
     def _compose(self, seq: int, state: State) -> NodeData:

@@ -85,7 +85,7 @@ class Peering:
         )
         self._known = known if known is not None else KnownPeers()
         self._dialler = Dialler(mesh, ledger, self._known, rng)
-        self._liveness = Liveness(
+        self.liveness = Liveness(
             mesh, ledger, self._dialler, forget_load=forget_load, metrics=metrics
         )
         self._events, self._heard_events = trio.open_memory_channel[LinkEvent](float("inf"))
@@ -116,7 +116,7 @@ class Peering:
             self._nursery.start_soon(self._note_links_forever)
             self._nursery.start_soon(self._dial_found_forever)
             self._nursery.start_soon(self._exchange_ledgers_forever)
-            self._nursery.start_soon(self._liveness.keep_alive_forever)
+            self._nursery.start_soon(self.liveness.keep_alive_forever)
         if self._fatal is not None:
             raise self._fatal
 
@@ -139,11 +139,11 @@ class Peering:
 
     def report_unreachable(self, peer_id: str, error: str) -> None:
         """Take a peer out of the candidates at once: a stream to it could not be opened."""
-        self._liveness.take_out(peer_id, "open_failed", error)
+        self.liveness.take_out(peer_id, "open_failed", error)
 
     def part_with(self, peer_id: str, why: str) -> None:
         """Take a peer out of the candidates that is kept out from now on."""
-        self._liveness.take_out(peer_id, "blocked", why)
+        self.liveness.take_out(peer_id, "blocked", why)
 
     def found(self, addrs: tuple[str, ...]) -> None:
         """Dial a peer that another discovery found, unless links are enough; never waits.
@@ -168,7 +168,7 @@ class Peering:
             case LinkState.UP:
                 log.info("link_up", peer_id=event.peer_id, addr=event.addr, dialled=event.dialled)
                 self.joined.set()
-                self._liveness.link_came_up(event)
+                self.liveness.link_came_up(event)
             case LinkState.DOWN:
                 log.info("link_down", peer_id=event.peer_id, reason=event.reason)
             case LinkState.REFUSED:
@@ -181,7 +181,7 @@ class Peering:
         async for event in self._heard_events:
             if event.state is LinkState.DOWN:
                 self._needs_ledger = self._needs_ledger or not self._mesh.links()
-                self._nursery.start_soon(self._liveness.link_went_down, event)
+                self._nursery.start_soon(self.liveness.link_went_down, event)
             elif event.state is LinkState.UP and self._needs_ledger:
                 self._needs_ledger = False
                 self._nursery.start_soon(self._ask_for_ledger)

@@ -121,6 +121,7 @@ class SwarmNode:
         self.gpu = gpu
         self.rng = rng
         self.member: Member
+        self.metrics = Metrics()
         self.mesh: Mesh
         self.addr = ""  # where it listens; the same after a restart
         self.known = KnownPeers()  # what peers.json is on a real host
@@ -157,7 +158,8 @@ class SwarmNode:
     ) -> None:
         """Put a new member on ``mesh``; nothing runs yet."""
         self.mesh = mesh
-        self.member = make_member(CountedMesh(mesh, self.traffic, dial_slots), Metrics())
+        self.metrics = Metrics()
+        self.member = make_member(CountedMesh(mesh, self.traffic, dial_slots), self.metrics)
         self.gate = FreezeGate()
         self.scope = trio.CancelScope()
         self.ended = trio.Event()

@@ -30,3 +30,20 @@ def test_of_too_many_the_one_unused_for_longest_is_forgotten():
         limit.allows(key, 0.0)
     assert not limit.allows("a", 0.0)
     assert limit.allows("b", 0.0)
+
+
+def test_asking_whether_a_share_is_spent_counts_nothing() -> None:
+    limit = RateLimit(per_s=1.0, burst=1.0, max_keys=10)
+    assert not limit.is_spent("a", 0.0)
+    assert limit.allows("a", 0.0)
+    assert limit.is_spent("a", 0.5)
+    assert not limit.is_spent("a", 1.0)
+
+
+def test_what_is_taken_back_can_be_had_again_and_no_more_than_the_burst() -> None:
+    limit = RateLimit(per_s=0.001, burst=2.0, max_keys=10)
+    limit.give_back("a", 0.0)
+    assert [limit.allows("a", 0.0) for _ in range(3)] == [True, True, False]
+    for _ in range(5):
+        limit.give_back("a", 0.0)
+    assert [limit.allows("a", 0.0) for _ in range(3)] == [True, True, False]

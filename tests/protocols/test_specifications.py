@@ -16,13 +16,14 @@ import jsonschema
 import msgpack
 import pytest
 
-from meshnode.core import ledger_exchange, membership, node_data, token, tunnel, wire
+from meshnode.core import ledger_exchange, loss_report, membership, node_data, token, tunnel, wire
 
 GENERATOR = Path(__file__).parent / "generator"
 MODULES: dict[str, ModuleType] = {
     "announce/1.0.0": node_data,
     "membership/1.0.0": membership,
     "ledger/1.0.0": ledger_exchange,
+    "loss/1.0.0": loss_report,
     "tunnel/2.0.0": tunnel,
 }
 each_protocol = pytest.mark.parametrize("name", MODULES)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import announce
 import ledger
+import loss
 import membership
 import tokens
 import tunnel
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3] / "protocols"
 
 
 def main(target: Path) -> None:
-    for protocol in (announce, membership, tokens, ledger, tunnel):
+    for protocol in (announce, membership, tokens, ledger, loss, tunnel):
         for name, content in protocol.files().items():
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
