@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from heapq import merge
 from typing import NamedTuple
 
 from meshnode.core.decision import CandidateRow, Tier
 from meshnode.core.model_index import Place
-from meshnode.core.peer_view import Standing
+from meshnode.core.peer_view import Group, Standing
 
 
 class Candidate(NamedTuple):
@@ -19,12 +20,16 @@ class Candidate(NamedTuple):
     rank: tuple[int, bool, float, int]
     peer_id: str
     service_id: str
-    row: CandidateRow
+    standing: Standing
     loaded: bool
 
     @property
     def place(self) -> Place:
         return (self.peer_id, self.service_id)
+
+    @property
+    def row(self) -> CandidateRow:
+        return self.standing.row
 
     @property
     def in_flight(self) -> int:
@@ -36,7 +41,7 @@ def candidate(standing: Standing, service_id: str, loaded: bool) -> Candidate:
     in_flight, last_used, less_vram = standing.rank
     row = replace(standing.row, service_id=service_id, loaded=loaded)
     rank = (in_flight, not loaded, last_used, less_vram)
-    return Candidate(rank, standing.peer_id, service_id, row, loaded)
+    return Candidate(rank, standing.peer_id, service_id, standing._replace(row=row), loaded)
 
 
 def deciding_tier(best: Candidate, runner_up: Candidate | None) -> Tier:
@@ -53,40 +58,81 @@ def deciding_tier(best: Candidate, runner_up: Candidate | None) -> Tier:
 class ModelRanking:
     """The candidates for one model."""
 
-    __slots__ = ("_by_peer", "_placed", "held_back", "ready", "serial")
+    __slots__ = ("_by_peer", "_placed", "_proven", "crowded", "held_back", "ready", "serial")
 
     def __init__(self) -> None:
         self.ready: list[Candidate] = []  # those that can be picked, the best first
+        self.crowded: list[Candidate] = []  # newcomers that have a request, the best first
         self.held_back: dict[Place, Candidate] = {}
         self.serial = 0  # of the last change that it took in
-        self._placed: dict[Place, Candidate] = {}  # those in ``ready``
+        self._proven = 0  # how many in ``ready`` are no newcomers
+        self._placed: dict[Place, Candidate] = {}  # everybody
         self._by_peer: dict[str, list[Place]] = {}
 
     def __len__(self) -> int:
-        return len(self.ready) + len(self.held_back)
+        return len(self._placed)
 
-    @property
-    def placed(self) -> Mapping[Place, Candidate]:
-        """Those that can be picked, by place."""
-        return self._placed
+    def able(self, may: Callable[[Candidate], bool] | None) -> Sequence[Candidate]:
+        """Return those that can be picked, the best first; the others are ``passed_over``.
+
+        While one that is proven is among them, a newcomer gets no second request at a time.
+
+        Args:
+            may: whether the request can have one; None: it can have any.
+        """
+        if may is None and self._proven:
+            return self.ready
+        ready = [each for each in self.ready if may is None or may(each)]
+        if any(each.standing.is_proven for each in ready):
+            return ready
+        crowded = [each for each in self.crowded if may is None or may(each)]
+        return list(merge(ready, crowded)) if crowded else ready
+
+    def find(self, place: Place, able: Sequence[Candidate]) -> Candidate | None:
+        """Return who stands at a place, if it is among those that are ``able``."""
+        each = self._placed.get(place)
+        if each is None or each.standing.group not in (Group.READY, Group.CROWDED):
+            return None
+        if able is self.ready:
+            return each if each.standing.group is Group.READY else None
+        return each if each in able else None
 
     def put(self, peer_id: str, candidates: Iterable[Candidate]) -> None:
         """Put a peer's services where their numbers of now belong; none takes the peer out."""
         for place in self._by_peer.pop(peer_id, ()):
-            placed = self._placed.pop(place, None)
-            if placed is not None:
-                del self.ready[bisect_left(self.ready, placed)]
-            else:
-                del self.held_back[place]
+            self._take_out(self._placed.pop(place))
         for each in candidates:
             self._by_peer.setdefault(peer_id, []).append(each.place)
-            if each.row.excluded is None:
+            self._placed[each.place] = each
+            if each.standing.group is Group.READY:
                 insort(self.ready, each)
-                self._placed[each.place] = each
+                self._proven += each.standing.is_proven
+            elif each.standing.group is Group.CROWDED:
+                insort(self.crowded, each)
             else:
                 self.held_back[each.place] = each
 
-    def excluded_rows(self) -> Iterator[CandidateRow]:
-        """Yield the rows of those that can't be picked."""
+    def _take_out(self, each: Candidate) -> None:
+        if each.standing.group is Group.READY:
+            del self.ready[bisect_left(self.ready, each)]
+            self._proven -= each.standing.is_proven
+        elif each.standing.group is Group.CROWDED:
+            del self.crowded[bisect_left(self.crowded, each)]
+        else:
+            del self.held_back[each.place]
+
+    def excluded(
+        self, may: Callable[[Candidate], bool], able: Sequence[Candidate], now: float
+    ) -> Iterator[CandidateRow]:
+        """Yield the rows of those that can't be picked, with the reasons."""
+        if able is not self.ready:
+            for each in self.ready:
+                if not may(each):
+                    yield replace(each.row, excluded="already tried")
+        for each in self.crowded:
+            if not may(each):
+                yield replace(each.row, excluded="already tried")
+            elif able is self.ready or each not in able:
+                yield each.standing.row_at(now, passed_over=True)
         for each in self.held_back.values():
-            yield each.row
+            yield each.standing.row_at(now)

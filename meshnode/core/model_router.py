@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from heapq import heappop, heappush
 from itertools import islice
 from typing import Literal
 
@@ -27,10 +29,12 @@ from meshnode.core.ledger import Ledger
 from meshnode.core.model_index import ModelIndex, Offer, Place, model_key
 from meshnode.core.model_ranking import Candidate, ModelRanking, candidate, deciding_tier
 from meshnode.core.model_shortage import why_nobody, why_unknown
+from meshnode.core.peer_view import Group, Standing
 from meshnode.core.prefix_cache import PrefixIndex, Weight
 from meshnode.core.prefix_chain import session_chain, short_chain
 from meshnode.core.prefix_select import MIN_PREFIX_MATCH, Pressure, load_limit
 from meshnode.core.router import Dice, Router
+from meshnode.errors import NoCandidate
 
 Affinity = Literal["off", "prefix", "session"]
 
@@ -52,6 +56,7 @@ class ModelRequest:
     target: str | None = None  # a peer ID, or a name that only one peer has
     exclude: Collection[str] = ()  # peer IDs that this request tried already
     attempt: int = 1
+    is_retry: bool = False  # a peer failed this request already; one that was only busy did not
     wall_time: float | None = None  # Unix seconds, for display
 
 
@@ -105,6 +110,8 @@ class ModelRouter:
         # Peers in the order of their last change, with its number; rankings take in what is newer.
         self._changed: OrderedDict[str, int] = OrderedDict()
         self._serial = 0
+        self._due: list[tuple[float, str]] = []  # a heap: when time alone changes a peer
+        self._in_due: set[tuple[float, str]] = set()  # so that each stands in it once
         router.watch(self._note)
 
     # Requests
@@ -114,15 +121,16 @@ class ModelRouter:
 
         Raises:
             UnknownModel: nobody has the model.
-            AllFull: those who have it are at their limits.
+            AllFull: those who have it have as many requests as they take just now.
+            RetriesSpent: it is a retry, and too many requests are retried already.
             NoCandidate: nobody who has it can serve it.
         """
         key, chain = self._read(request)
         decision = self._decide(request, key, chain, self._rng)
         assert decision.picked is not None  # dice were at hand
+        lease = self._router.claim(decision)
         if decision.forced_off is not None:
             self.pressure.count(key, request.now)
-        lease = self._router.claim(decision)
         if chain:
             place = (decision.picked, decision.service_id)
             fresh = self._prefixes.observe(key, chain, place, request.now)
@@ -162,6 +170,20 @@ class ModelRouter:
             self._rankings.clear()
             self._changed.clear()
 
+    def _be_due(self, standing: Standing) -> None:
+        """Look at the peer again when time alone changes it, as when an ejection ends."""
+        if standing.until is not None:
+            due = (standing.until, standing.peer_id)
+            if due not in self._in_due:
+                self._in_due.add(due)
+                heappush(self._due, due)
+
+    def _note_due(self, now: float) -> None:
+        while self._due and self._due[0][0] <= now:
+            due = heappop(self._due)
+            self._in_due.discard(due)
+            self._note(due[1])
+
     # Deciding
 
     def _read(self, request: ModelRequest) -> tuple[str, Chain]:
@@ -175,19 +197,26 @@ class ModelRouter:
 
     def _decide(self, request: ModelRequest, key: str, chain: Chain, dice: Dice | None) -> Decision:
         ranking = self._ranking(request, key)
-        pool = [c for c in ranking.ready if self._may(c, request)] if _picky(request) else None
+        may = partial(self._may, request)
+        able = ranking.able(may if request.exclude or request.target is not None else None)
+        depths = self._prefixes.matches(key, chain, request.now)
         while True:
-            able = ranking.ready if pool is None else pool
             if not able:
-                others = [row for row in self._others(request, ranking) if _aimed(row, request)]
-                raise why_nobody(request.model, request.target, others, len(ranking))
-            depths = self._prefixes.matches(key, chain, request.now)
+                raise self._why_nobody(request, ranking, may)
             pick = self._pick(able, ranking, key, chain, depths, request.now, dice)
             if pick.chosen is None or self._is_online(pick.chosen.peer_id, request.now):
-                break
+                return self._decision(request, ranking, able, pick, chain, depths)
             # Silent past its window since the ledger last looked, a second ago at the most.
-            pool = [c for c in able if self._is_online(c.peer_id, request.now)]
-        return self._decision(request, ranking, able, pick, chain, depths)
+            able = [c for c in able if self._is_online(c.peer_id, request.now)]
+
+    def _why_nobody(
+        self, request: ModelRequest, ranking: ModelRanking, may: Callable[[Candidate], bool]
+    ) -> NoCandidate:
+        others = [r for r in ranking.excluded(may, (), request.now) if _aimed(r, request)]
+        may_wait = any(
+            each.standing.group is Group.FULL and may(each) for each in ranking.held_back.values()
+        )
+        return why_nobody(request.model, request.target, others, len(ranking), may_wait=may_wait)
 
     def _pick(
         self,
@@ -236,7 +265,9 @@ class ModelRouter:
         if chosen is not None and chosen not in best:
             best[-1] = chosen
         rows = [row(each) for each in best] if depths else [each.row for each in best]
-        rows += islice(self._others(request, ranking), MAX_ROWS - len(rows))
+        if len(rows) < MAX_ROWS:
+            others = ranking.excluded(partial(self._may, request), able, request.now)
+            rows += islice(others, MAX_ROWS - len(rows))
         ratio = depths.get(chosen.place, 0) / len(chain) if chain and chosen else None
         return Decision(
             at=request.now,
@@ -252,17 +283,10 @@ class ModelRouter:
             model=request.model,
             match_ratio=ratio,
             forced_off=pick.forced_off.peer_id if pick.forced_off else None,
+            is_retry=request.is_retry,
         )
 
-    def _others(self, request: ModelRequest, ranking: ModelRanking) -> Iterator[CandidateRow]:
-        """Yield the rows of those that this request can't have, with the reasons."""
-        if request.exclude:
-            for each in ranking.ready:
-                if each.peer_id in request.exclude:
-                    yield replace(each.row, excluded="already tried")
-        yield from ranking.excluded_rows()
-
-    def _may(self, each: Candidate, request: ModelRequest) -> bool:
+    def _may(self, request: ModelRequest, each: Candidate) -> bool:
         if each.peer_id in request.exclude:
             return False
         target = request.target
@@ -296,6 +320,7 @@ class ModelRouter:
                 self._place(ranking, peer_id, kind, request.service_id, request.now)
         else:
             self._rankings.move_to_end(at)
+            self._note_due(request.now)
             for peer_id, serial in reversed(self._changed.items()):
                 if serial <= ranking.serial:
                     break
@@ -338,6 +363,7 @@ class ModelRouter:
                 continue
             standing = self._router.standing(peer_id, offer.place[1], now)
             if standing is not None:
+                self._be_due(standing)
                 candidates.append(candidate(standing, offer.place[1], kind in offer.loaded))
         ranking.put(peer_id, candidates)
 
@@ -362,10 +388,6 @@ def _aimed(row: CandidateRow, request: ModelRequest) -> bool:
     return request.target is None or request.target in (row.peer_id, row.name)
 
 
-def _picky(request: ModelRequest) -> bool:
-    return bool(request.exclude) or request.target is not None
-
-
 def _hot(
     able: Sequence[Candidate], ranking: ModelRanking, depths: Mapping[Place, int], length: int
 ) -> Candidate | None:
@@ -374,11 +396,10 @@ def _hot(
     for place, depth in depths.items():  # the deepest first
         if depth / length < MIN_PREFIX_MATCH:
             return None
-        each = ranking.placed.get(place)
-        # Without the model in memory there is no cache any more.
-        if each is not None and (able is ranking.ready or each in able):
-            best = each
+        best = ranking.find(place, able)
+        if best is not None:
             break
+    # Without the model in memory there is no cache any more.
     if best is not None and not best.loaded and any(each.loaded for each in able):
         return None
     return best

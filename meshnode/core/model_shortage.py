@@ -29,13 +29,19 @@ def why_unknown(index: ModelIndex, model: str | None, service_id: str | None) ->
 
 
 def why_nobody(
-    model: str | None, target: str | None, others: Sequence[CandidateRow], total: int
+    model: str | None,
+    target: str | None,
+    others: Sequence[CandidateRow],
+    total: int,
+    *,
+    may_wait: bool,
 ) -> NoCandidate:
     """Say why each of those that have the model had to be left out.
 
     Args:
         others: their rows with the reasons; with a target, those of the target alone.
         total: how many have it.
+        may_wait: some are only full just now.
     """
     what = "an engine" if model is None else f"the model {model!r}"
     if target is not None and not others:
@@ -51,5 +57,4 @@ def why_nobody(
         f"{who} {verb} take a request now: {counted or 'silent for too long'}; "
         "try again later, or add a node that has it"
     )
-    full = any((row.excluded or "").startswith("at its limit") for row in others)
-    return AllFull(text) if full else NoCandidate(text)
+    return AllFull(text) if may_wait else NoCandidate(text)

@@ -18,6 +18,7 @@ from meshnode.core import budget
 from meshnode.core.belonging import Belonging, Membership
 from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
+from meshnode.core.model_router import Affinity, ModelRouter
 from meshnode.core.node_data import MAX_ADDRS, NODE_ONLINE_WINDOW, NodeData, State
 from meshnode.core.router import Policy, Router
 from meshnode.metrics import Metrics
@@ -58,6 +59,8 @@ class MemberSettings:
     services: tuple[LocalService, ...] = ()
     policy: Policy = "vram"
     relay: bool = False  # whether the mesh given carries connections for others
+    affinity: Affinity = "prefix"
+    prompt_seed: int = 0  # uint64, the network's own: the same prompt hashes otherwise elsewhere
     # Seconds, both; in a large mesh they stretch together (core/budget).
     announce_interval: float = ANNOUNCE_INTERVAL
     online_window: float = NODE_ONLINE_WINDOW
@@ -94,6 +97,13 @@ class Member:
         self.ledger = Ledger(mesh.peer_id)
         self.router = Router(self.ledger, self_id=mesh.peer_id, policy=settings.policy, rng=rng)
         self.router.on_ejection(partial(tell_ejection, metrics))
+        self.models = ModelRouter(
+            self.router,
+            self.ledger,
+            rng=rng,
+            affinity=settings.affinity,
+            seed=settings.prompt_seed,
+        )
         topic = announce_topic(settings.network)
         self.queue = LeaseQueue(
             metrics=metrics, length=settings.queue_length, timeout=settings.queue_timeout

@@ -397,3 +397,24 @@ def test_rankings_of_models_that_nobody_asks_for_any_more_make_room() -> None:
         assert bench.pick(f"n{number}") == "b"
     assert len(bench.models._rankings) == 256
     assert bench.pick("m0") == "a"
+
+
+def test_a_peer_that_failed_is_left_alone_until_its_time_is_over() -> None:
+    bench = Bench(node("a", service("m"), vram=8), node("b", service("m"), vram=24))
+    for _ in range(5):
+        with bench.lease("m", target="b") as lease:
+            lease.failed("unreachable", now=1.0)
+    decision = bench.explain("m")
+    assert decision.picked == "a"
+    assert next(r for r in decision.candidates if r.peer_id == "b").excluded is not None
+    assert bench.pick("m", now=30.0) == "b"  # within the online window of both
+
+
+def test_a_newcomer_gets_no_second_request_at_a_time_while_somebody_proven_is_ready() -> None:
+    bench = Bench(node("a", service("m"), vram=8), node("b", service("m"), vram=24))
+    for _ in range(30):
+        with bench.lease("m", target="a") as lease:
+            lease.succeeded(0.01, now=1.0)
+    picks = [bench.lease("m") for _ in range(3)]
+    assert [lease.peer_id for lease in picks] == ["b", "a", "a"]
+    assert [r.peer_id for r in picks[2].decision.candidates if r.excluded] == ["b"]
