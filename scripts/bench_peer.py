@@ -2,6 +2,7 @@
 
 ``serve`` prints {"addr": …} and serves until its standard input ends; ``bench`` measures against
 such a server and prints one JSON object. tests/interop/go/main.go speaks the same.
+``ours relay`` is a relay, and ``ours behind ADDR`` serves through the one at that address.
 ``hear`` and ``tell ADDR`` do the same for announcements: the hearer prints its CPU per message.
 """
 
@@ -57,7 +58,13 @@ class Peer(Protocol):
 class Ours:
     """meshnode's own host."""
 
-    def __init__(self, handlers: dict[str, Handler], on_message: Callable[[], None] | None) -> None:
+    def __init__(
+        self,
+        handlers: dict[str, Handler],
+        on_message: Callable[[], None] | None,
+        *,
+        is_relay: bool = False,
+    ) -> None:
         from meshnode.core.belonging import by_keys
         from meshnode.metrics import Metrics
         from meshnode.net.libp2p.host import Libp2pMesh
@@ -69,6 +76,7 @@ class Ours:
             listen=("/ip4/127.0.0.1/tcp/0",),
             membership=by_keys((bytes(32),)),
             metrics=Metrics(),
+            is_relay=is_relay,
         )
         for protocol_id, handler in handlers.items():
             self._serve(protocol_id, handler)
@@ -93,6 +101,11 @@ class Ours:
             self.addr = self.mesh.addrs[0]
             yield
             nursery.cancel_scope.cancel()
+
+    async def reserve(self, relay_addr: str) -> None:
+        """Be reached through a relay, and tell that address instead of the direct one."""
+        await self.mesh.reserve(await self.dial(relay_addr), timeout=10)
+        self.addr = self.mesh.addrs[-1]
 
     async def dial(self, addr: str) -> str:
         return await self.mesh.dial(addr, timeout=10)
@@ -312,9 +325,12 @@ async def run(stack: str, role: str, addr: str) -> None:
         heard.append(time.process_time())
 
     make = {"ours": Ours, "stock": Stock}[stack]
-    peer = make({ECHO: echo, SINK: sink}, on_message if role == "hear" else None)
+    more = {"is_relay": True} if role == "relay" else {}
+    peer = make({ECHO: echo, SINK: sink}, on_message if role == "hear" else None, **more)
     async with peer.running():
-        if role in ("serve", "hear"):
+        if role == "behind":
+            await peer.reserve(addr)
+        if role in ("serve", "hear", "relay", "behind"):
             say(addr=peer.addr)
             await until_input_ends()
             if role == "hear":

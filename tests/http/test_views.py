@@ -11,7 +11,7 @@ from meshnode.net.mesh import Link
 PEER_KEYS = {
     *("peer_id", "name", "state", "online", "last_seen_s", "available_vram", "total_vram"),
     *("gpu_count", "in_flight", "services", "addrs", "connected", "rtt_ms", "version"),
-    *("reason", "down_reason"),
+    *("reason", "down_reason", "path", "via"),
 }
 
 
@@ -92,6 +92,20 @@ def test_a_link_gives_its_round_trip():
     link = Link("a", None, dialled=True, since=100.0, last_received=101.0, rtt=0.00125)
     (peer,) = view(*mesh_of(node("a")), link)["peers"]
     assert (peer["connected"], peer["rtt_ms"]) == (True, 1.25)
+
+
+def test_the_path_taken_is_shown():
+    links = [
+        Link("a", None, dialled=True, since=100.0, last_received=101.0, rtt=None),
+        Link("b", None, dialled=True, since=100.0, last_received=101.0, rtt=None, via="r"),
+    ]
+    shown = view(*mesh_of(*(node(name) for name in ("me", "a", "b", "c"))), *links)["peers"]
+    assert {peer["peer_id"]: (peer["path"], peer["via"]) for peer in shown} == {
+        "me": (None, None),
+        "a": ("direct", None),
+        "b": ("relayed", "r"),
+        "c": (None, None),
+    }
 
 
 def test_a_decision_shows_its_table_and_the_tier_that_decided():
