@@ -25,6 +25,7 @@ from meshnode.errors import ConfigError, ListenFailed, MeshnodeError
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.gpu.probe import find_readers
 from meshnode.http import control_api, server
+from meshnode.http.guard import Access, make_local_key
 from meshnode.metrics import Metrics
 from meshnode.net.discovery import discover_forever
 from meshnode.net.libp2p.host import Libp2pMesh
@@ -123,6 +124,11 @@ class Node:
             gpu=self._gpu,
             metrics=metrics,
         )
+        self._access = Access(
+            api_key=config.api_key,
+            local_key=_local_key(Path(config.state_dir)),
+            allowed_hosts=(config.api.host,),
+        )
         self._entry = build_entry(
             config,
             member,
@@ -158,11 +164,8 @@ class Node:
             await mesh.start(self._mesh.run_forever)
             async with trio.open_nursery() as parts:
                 await self._start(parts)
-                app = control_api.build_app(
-                    self._view,
-                    api_key=self.config.api_key,
-                    allowed_hosts=(self.config.api.host,),
-                )
+                parts.start_soon(self._view.watch_forever)
+                app = control_api.build_app(self._view, access=self._access, events=self._view.feed)
                 await parts.start(server.serve_forever, app, api)
                 if proxy:
                     parts.start_soon(self._entry.serve_forever, proxy)
@@ -305,6 +308,16 @@ def _services(config: Config) -> tuple[LocalService, ...]:
 def _identity(state_dir: Path) -> Identity:
     try:
         return load_or_create_identity(state_dir / "identity.key")
+    except OSError as exc:
+        raise ConfigError(
+            f"the state folder {state_dir} can't be used: {exc.strerror or exc}; "
+            "make it writable, or choose another with --state-dir"
+        ) from exc
+
+
+def _local_key(state_dir: Path) -> str:
+    try:
+        return make_local_key(state_dir)
     except OSError as exc:
         raise ConfigError(
             f"the state folder {state_dir} can't be used: {exc.strerror or exc}; "

@@ -6,6 +6,7 @@ It reads the parts that node.py built and changes none of them.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import get_args
 
 import trio
@@ -17,6 +18,8 @@ from meshnode.core.ledger import EntryState, LedgerEntry
 from meshnode.errors import PeerUnreachable
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.http import views
+from meshnode.http.events import Feed
+from meshnode.http.traffic import Traffic
 from meshnode.metrics import Metrics
 from meshnode.net.federation_entry import choose_service
 from meshnode.net.member import Member
@@ -24,6 +27,10 @@ from meshnode.net.mesh import Mesh
 
 # Below what a client of the control API waits for an answer.
 _PING_LIMIT = 4.0  # seconds
+# What a page shows at most; the command line shows more. Those online and near come first.
+_LIVE_PEERS = 500
+_LIVE_DECISIONS = 12
+_LIVE_CANDIDATES = 8
 _STATES = get_args(EntryState)
 
 
@@ -54,6 +61,14 @@ class LiveView:
         self._mesh = mesh
         self._gpu = gpu
         self._metrics = metrics
+        self._traffic = Traffic(metrics.tunnels, metrics.request_ttft_seconds)
+        self.feed = Feed(self)
+
+    async def watch_forever(self) -> None:
+        """Keep the last ten minutes, and tell the pages that look on, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._traffic.sample_forever)
+            nursery.start_soon(self.feed.run_forever)
 
     def choose_service(self) -> str:
         """Return the service that requests get when they name none.
@@ -110,6 +125,24 @@ class LiveView:
 
     def decisions(self) -> dict[str, object]:
         return views.decisions_view(self._member.router.decisions(), now=trio.current_time())
+
+    # What the page's events tell (http/events.LiveState)
+
+    def live_peers(self) -> tuple[dict[str, Mapping[str, object]], int]:
+        return views.live_rows(self.peers(), now=trio.current_time(), limit=_LIVE_PEERS)
+
+    def live_decisions(self) -> list[Mapping[str, object]]:
+        now = trio.current_time()
+        last = self._member.router.decisions()[:_LIVE_DECISIONS]
+        return [views.live_decision(each, now=now, rows=_LIVE_CANDIDATES) for each in last]
+
+    def traffic(self) -> dict[str, object]:
+        return self._traffic.view()
+
+    def last_second(self) -> dict[str, object]:
+        return self._traffic.latest()
+
+    # Questions
 
     def explain(self, service: str | None, target: str | None) -> dict[str, object]:
         now = trio.current_time()

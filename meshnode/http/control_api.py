@@ -1,15 +1,11 @@
 """The control API: what a node says of itself to people, scripts and Prometheus, as JSON.
 
-A page in a browser must not reach it through a name that resolves to loopback (DNS rebinding),
-so the Host header is checked before anything else. Beyond loopback every path but ``/healthz``
-wants the API key.
+Who may ask for it is decided in ``guard``, before anything here.
 """
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -21,15 +17,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from meshnode.errors import MeshnodeError, NoCandidate, PeerUnreachable
+from meshnode.http import page
+from meshnode.http.answers import HEADERS, error_response
+from meshnode.http.guard import Access, Guard
 
 SCHEMA_VERSION = 1
 
 _log = structlog.get_logger(__name__)
-_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 # A name longer than this is no peer's and no service's.
 _MAX_PARAMETER = 256
 
@@ -71,14 +68,14 @@ class NodeView(Protocol):
 
 
 def build_app(
-    view: NodeView, *, api_key: str | None = None, allowed_hosts: Iterable[str] = ()
+    view: NodeView, *, access: Access | None = None, events: ASGIApp | None = None
 ) -> ASGIApp:
     """Return the control API of ``view`` as an ASGI application.
 
     Args:
         view: the node.
-        api_key: what a client must show as ``Authorization: Bearer``; None on loopback.
-        allowed_hosts: names besides the loopback ones that a Host header may carry.
+        access: who may use it; by default whoever reaches it under a loopback name may read.
+        events: what answers ``/api/events``, if anything does.
     """
     pages: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/healthz": _page(lambda request: _json({"status": "alive"})),
@@ -90,8 +87,12 @@ def build_app(
         "/api/explain": _page(lambda request: _explain(view, request)),
         "/api/ping": partial(_ping, view),
     }
+    routes = [Route(path, build, methods=["GET"]) for path, build in pages.items()]
+    routes += page.routes()
+    if events is not None:
+        routes.append(Route("/api/events", events, methods=["GET"]))
     app = Starlette(
-        routes=[Route(path, page, methods=["GET"]) for path, page in pages.items()],
+        routes=routes,
         exception_handlers={
             HTTPException: _on_http_error,
             MeshnodeError: _on_mesh_error,
@@ -101,75 +102,7 @@ def build_app(
     )
     # Otherwise /healthz/ would be answered by a redirect built from the client's Host header.
     app.router.redirect_slashes = False
-    return _Guard(app, api_key, frozenset(allowed_hosts) | _LOOPBACK_NAMES)
-
-
-def error_response(
-    status: int,
-    code: str,
-    message: str,
-    *,
-    param: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    """Return an error in the shape that OpenAI's clients read."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    body = {"error": {"message": message, "type": kind, "code": code, "param": param}}
-    return JSONResponse(body, status, headers={**_HEADERS, **(headers or {})})
-
-
-class _Guard:
-    """Turns away who has no business here, before any route is looked at."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None, hosts: frozenset[str]) -> None:
-        self._app = app
-        self._api_key = api_key
-        self._hosts = hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            raise ConnectionRefusedError(f"the control API speaks no {scope['type']}")
-        request = Request(scope)
-        refusal = self._refuse(request)
-        await (refusal or self._app)(scope, receive, send)
-
-    def _refuse(self, request: Request) -> Response | None:
-        host = _host_name(request.headers.get("host", ""))
-        # With a key a page in a browser can't get in anyway, and an address is no name to rebind.
-        if host not in self._hosts and not (self._api_key is not None and _is_address(host)):
-            return error_response(
-                403,
-                "host_not_allowed",
-                f"this API is not served under the host name {host[:100]!r}",
-            )
-        if self._api_key is None or request.url.path == "/healthz":
-            return None
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(
-            key.strip().encode("latin-1"), self._api_key.encode("ascii")
-        ):
-            return None
-        return error_response(
-            401,
-            "api_key_required",
-            "send the node's API key as Authorization: Bearer KEY",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-
-
-def _host_name(header: str) -> str:
-    """Return the host of a Host header, in lower case, without port and brackets."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0].lower()
-    return header.partition(":")[0].lower().rstrip(".")
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return Guard(app, access or Access())
 
 
 def _page(build: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
@@ -180,7 +113,7 @@ def _page(build: Callable[[Request], Response]) -> Callable[[Request], Awaitable
 
 
 def _json(body: Json, status: int = 200) -> Response:
-    return JSONResponse({"schema_version": SCHEMA_VERSION, **body}, status, headers=_HEADERS)
+    return JSONResponse({"schema_version": SCHEMA_VERSION, **body}, status, headers=HEADERS)
 
 
 def _readiness(view: NodeView) -> Response:
@@ -191,7 +124,7 @@ def _readiness(view: NodeView) -> Response:
 
 def _metrics(view: NodeView, request: Request) -> Response:
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(view.metrics()), media_type=content_type, headers=_HEADERS)
+    return Response(encode(view.metrics()), media_type=content_type, headers=HEADERS)
 
 
 def _explain(view: NodeView, request: Request) -> Response:

@@ -29,6 +29,9 @@ MAX_CONNECTIONS = 256
 GRACE = 0.5  # seconds
 # After it connections are cut; Hypercorn then closes within one more turn of the loop.
 CUT_GRACE = 0.4  # seconds
+# A client that takes no byte for so long reads no more.
+SEND_TIMEOUT = 10.0  # seconds
+_PIECE = 64 * 1024  # bytes
 _KEEP_ALIVE = 10.0  # seconds; also how long a client may take to send its first request
 
 _log = structlog.get_logger(__name__)
@@ -132,7 +135,7 @@ class _Server:
                 self._config,
                 self._context,
                 ConnectionState({}),
-                stream,  # type: ignore[arg-type]
+                _BoundedStream(stream),  # type: ignore[arg-type]
             )
         except Exception as exc:  # noqa: BLE001
             _log.error("control API connection failed", error=repr(exc))
@@ -144,6 +147,32 @@ class _Server:
         for stream in tuple(self._streams):
             stream.socket.close()  # wakes up a send that waits, shielded, for a slow reader
         connections.deadline = trio.current_time() + CUT_GRACE
+
+
+class _BoundedStream:
+    """A client's stream whose sends end the connection of a client that does not read."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.socket = stream.socket
+        self._stream = stream
+
+    async def send_all(self, data: bytes) -> None:
+        # In pieces, so that a slow client that does read may take as long as it needs.
+        for start in range(0, len(data), _PIECE):
+            with trio.move_on_after(SEND_TIMEOUT) as scope:
+                await self._stream.send_all(data[start : start + _PIECE])
+            if scope.cancelled_caught:
+                await trio.aclose_forcefully(self._stream)
+                raise trio.BrokenResourceError("the client does not read")
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        return bytes(await self._stream.receive_some(max_bytes))
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 def _hypercorn_config() -> HypercornConfig:

@@ -6,7 +6,7 @@ Unknown values are null. Ages are seconds on this node's clock, so that no peer'
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from meshnode.core.decision import CandidateRow, Decision
@@ -102,6 +102,34 @@ def peers_view(
             for entry in order
         ],
     }
+
+
+def live_rows(
+    body: Mapping[str, object], *, now: float, limit: int
+) -> tuple[dict[str, Mapping[str, object]], int]:
+    """Return the first ``limit`` peers of ``peers_view`` by peer ID, and how many there are.
+
+    This node comes first, then those online, then the rest. An age changes all the time; the moment of a sighting does not. So ``last_seen_s`` becomes
+    ``seen_at``, seconds on this node's clock, and null for this node itself.
+    """
+    listed = body["peers"]
+    assert isinstance(listed, list)
+    # Whoever is cut off is at least nobody who could serve.
+    peers = sorted(listed, key=lambda peer: (peer["peer_id"] != body["self"], not peer["online"]))
+    rows: dict[str, Mapping[str, object]] = {}
+    for peer in peers[:limit]:
+        row = dict(peer)
+        age = row.pop("last_seen_s")
+        row["seen_at"] = None if row["peer_id"] == body["self"] else round(now - age, 2)
+        rows[row["peer_id"]] = row
+    return rows, len(peers)
+
+
+def live_decision(decision: Decision, *, now: float, rows: int) -> dict[str, object]:
+    """Return one decision for the page: with a key, its moment, and at most ``rows`` candidates."""
+    view = decision_view(replace(decision, candidates=decision.candidates[:rows]), now=now)
+    del view["age_s"]
+    return {**view, "key": f"{decision.at:.6f}/{decision.attempt}", "at": round(decision.at, 3)}
 
 
 def decisions_view(decisions: Iterable[Decision], *, now: float) -> dict[str, object]:

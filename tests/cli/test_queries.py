@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from meshnode.cli import run
 from meshnode.errors import NoCandidate, PeerUnreachable
 from meshnode.http.control_api import build_app
+from meshnode.http.guard import Access
 from meshnode.http.server import bind, serve_forever
 
 ME, OTHER = "12D3KooWme000000000000000000000000000000000000000aaaa", "12D3KooWother0000000bbbb"
@@ -199,7 +200,7 @@ def test_an_address_that_is_none_ends_with_2(api, capsys):
 
 async def test_the_api_key_is_sent_where_it_is_wanted(nursery, tmp_path, capsys):
     sock = bind("127.0.0.1", 0, setting="api")
-    await nursery.start(serve_forever, build_app(SomeNode(), api_key="k" * 20), sock)
+    await nursery.start(serve_forever, build_app(SomeNode(), access=Access(api_key="k" * 20)), sock)
     api = f"127.0.0.1:{sock.getsockname()[1]}"
     assert await meshnode("peers", "--api", api) == 2
     assert "--api-key-file" in capsys.readouterr().err

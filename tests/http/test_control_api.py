@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import httpx
 import pytest
 import trio
@@ -7,7 +9,11 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from meshnode.errors import ListenFailed, NoCandidate, PeerUnreachable
 from meshnode.http.control_api import build_app
+from meshnode.http.guard import Access, make_local_key
 from meshnode.http.server import bind, serve_forever
+
+LOCAL = "key-of-this-run"
+SHOWN = {"Authorization": f"Bearer {LOCAL}"}
 
 
 class SomeNode:
@@ -46,13 +52,13 @@ class SomeNode:
 async def serve(nursery, node, **more) -> int:
     sock = bind("127.0.0.1", 0, setting="api")
     port = sock.getsockname()[1]
-    await nursery.start(serve_forever, build_app(node, **more), sock)
+    await nursery.start(serve_forever, build_app(node, access=Access(**more)), sock)
     return port
 
 
 @pytest.fixture
 async def api(nursery):
-    port = await serve(nursery, SomeNode())
+    port = await serve(nursery, SomeNode(), local_key=LOCAL)
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         with trio.fail_after(20):
             yield client
@@ -105,7 +111,7 @@ async def test_explain_takes_service_and_target(api):
     ],
 )
 async def test_every_error_is_json(api, method, path, status, code, param):
-    answer = await api.request(method, path)
+    answer = await api.request(method, path, headers=SHOWN)
     assert answer.status_code == status
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "code", "param"}
@@ -114,7 +120,7 @@ async def test_every_error_is_json(api, method, path, status, code, param):
 
 
 async def test_a_method_that_is_not_allowed_names_those_that_are(api):
-    assert "GET" in (await api.delete("/api/peers")).headers["allow"]
+    assert "GET" in (await api.delete("/api/peers", headers=SHOWN)).headers["allow"]
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "192.168.1.7", ""])
@@ -156,6 +162,79 @@ async def test_with_a_key_an_address_is_a_good_host_but_a_name_is_not(nursery):
             for host, status in [("192.168.1.7", 200), ("gpu1.lan", 200), ("evil.example", 403)]:
                 answer = await client.get("/healthz", headers={"Host": host})
                 assert answer.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer guessed"}, 401),
+        ({"Authorization": "Bearer"}, 401),
+        (SHOWN, 405),  # let in, and there is nothing to change here
+        (SHOWN | {"Sec-Fetch-Site": "cross-site"}, 403),
+        (SHOWN | {"Sec-Fetch-Site": "same-site"}, 403),
+        (SHOWN | {"Sec-Fetch-Site": "same-origin"}, 405),
+    ],
+)
+async def test_what_changes_the_node_wants_a_key_even_on_loopback(api, headers, status):
+    assert (await api.post("/api/peers", headers=headers)).status_code == status
+
+
+async def test_without_any_key_nothing_can_be_changed_and_no_empty_key_fits(nursery):
+    port = await serve(nursery, SomeNode())
+    with trio.fail_after(10):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            for header in ("Bearer", "Bearer None", "bearer x"):
+                answer = await client.post("/api/peers", headers={"Authorization": header})
+                assert answer.status_code == 401
+
+
+async def test_the_key_of_this_run_also_opens_what_the_operators_key_closes(nursery):
+    port = await serve(nursery, SomeNode(), api_key="operators-own-key", local_key=LOCAL)
+    with trio.fail_after(10):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            assert (await client.get("/api/peers", headers=SHOWN)).status_code == 200
+
+
+def test_the_key_of_a_run_is_new_each_time_and_only_its_users(tmp_path):
+    (tmp_path / "api.key").write_text("old")
+    (tmp_path / "api.key").chmod(0o644)
+    first = make_local_key(tmp_path)
+    second = make_local_key(tmp_path)
+    assert first != second
+    assert (tmp_path / "api.key").read_text() == second + "\n"
+    assert (tmp_path / "api.key").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["api.key"]
+
+
+async def test_the_page_and_its_parts_are_served_without_the_key_and_nothing_else_is(nursery):
+    port = await serve(nursery, SomeNode(), api_key="k" * 16)
+    with trio.fail_after(10):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            page = await client.get("/")
+            assert page.status_code == 200
+            for part in re.findall(r'(?:src|href)="(/[^"]+)"', page.text):
+                assert (await client.get(part)).status_code == 200, part
+            assert "default-src 'self'" in page.headers["content-security-policy"]
+            assert "unsafe" not in page.headers["content-security-policy"]
+            for path in ("/dashboard/../api/peers", "/dashboard/%2e%2e/api/peers", "/metrics"):
+                assert (await client.get(path)).status_code in (401, 404), path
+
+
+async def test_an_unchanged_part_of_the_page_is_not_sent_again(api):
+    first = await api.get("/dashboard/app.js")
+    again = await api.get("/dashboard/app.js", headers={"If-None-Match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+async def test_no_answer_may_be_framed_sniffed_or_cached(api):
+    for path in ("/", "/api/peers", "/nothing", "/metrics"):
+        headers = (await api.get(path)).headers
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["referrer-policy"] == "no-referrer"
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["cache-control"] in ("no-store", "no-cache")
 
 
 async def test_what_is_no_http_does_not_end_the_server(api):
