@@ -109,8 +109,9 @@ def live_rows(
 ) -> tuple[dict[str, Mapping[str, object]], int]:
     """Return the first ``limit`` peers of ``peers_view`` by peer ID, and how many there are.
 
-    This node comes first, then those online, then the rest. An age changes all the time; the moment of a sighting does not. So ``last_seen_s`` becomes
-    ``seen_at``, seconds on this node's clock, and null for this node itself.
+    This node comes first, then those online, then the rest. An age changes all the time; the
+    moment of a sighting does not. So ``last_seen_s`` becomes ``seen_at``, seconds on this node's
+    clock, and null for this node itself.
     """
     listed = body["peers"]
     assert isinstance(listed, list)

@@ -11,10 +11,10 @@ const TIERS = {
   first_listed: "a full tie: the first listed",
   random: "the dice",
   target: "the target that was asked for",
-  prefix: "holds the beginning of this prompt",
-  affinity: "holds the beginning of this prompt",
-  session: "served this session before",
   loaded: "has the model loaded",
+  prefix: "served this prompt's beginning last",
+  session: "served this session last",
+  least_cached: "least cached so far",
 };
 const FINE = new Set(["complete", "ok", "client_gone", "released"]);
 
@@ -87,14 +87,18 @@ function outcome(decision) {
 
 function fillTable(item) {
   const { decision } = item;
-  const head = ["Candidate", "In flight", "from here", "from others", "Free VRAM", "Not picked because"];
-  const rows = (decision.candidates ?? []).map((row) =>
+  const candidates = decision.candidates ?? [];
+  // Only where a model was asked for is there anything to say of it.
+  const warm = candidates.some((row) => typeof row.loaded === "boolean" || typeof row.match_ratio === "number");
+  const head = ["Candidate", "In flight", "from here", "from others", "Free VRAM", ...(warm ? ["Loaded", "Prompt known"] : []), "Not picked because"];
+  const rows = candidates.map((row) =>
     el("tr", { class: row.peer_id === decision.picked ? "picked" : null },
       el("td", { title: clean(row.peer_id) }, el("bdi", {}, clean(row.name) || shortId(row.peer_id))),
       el("td", { class: "number" }, String(row.in_flight)),
       el("td", { class: "number" }, String(row.own_in_flight)),
       el("td", { class: "number" }, String(row.others_in_flight)),
       el("td", { class: "number" }, bytes(row.available_vram)),
+      ...(warm ? [el("td", {}, row.loaded ? "yes" : "no"), el("td", { class: "number" }, typeof row.match_ratio === "number" ? `${Math.round(row.match_ratio * 100)} %` : "–")] : []),
       el("td", {}, row.excluded ? words(row.excluded) : "")));
   const left = decision.candidates_total - rows.length;
   const more = left > 0 ? [el("p", { class: "faint" }, `and ${left} more, in /api/decisions`)] : [];
