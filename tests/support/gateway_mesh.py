@@ -110,7 +110,7 @@ class Engine:
         try:
             async with stream:
                 await self.serve(connection)
-        except trio.BrokenResourceError:
+        except* trio.BrokenResourceError:
             pass
         finally:
             if connection.counted:
@@ -144,9 +144,8 @@ class GatewayMesh:
         self._nursery = nursery
         self._network = MemoryNetwork(random.Random(1))
         self._members = 0
-        self.metrics = Metrics()
-        self.front = self._member("front", Metrics(), ())
-        self.front_metrics = self.front_metrics_of
+        self.front_metrics = Metrics()
+        self.front = self._member("front", self.front_metrics, ())
         self.address: tuple[str, int] = ("", 0)
         self.peers: dict[str, Member] = {}
 
@@ -154,7 +153,6 @@ class GatewayMesh:
         self, name: str, metrics: Metrics, services: Sequence[LocalService], vram: int = 0
     ) -> Member:
         mesh = self._network.node(name, keys=(b"k" * 32,))
-        self.front_metrics_of = metrics
         return Member(
             mesh,
             MemberSettings(network="test", name=name, services=tuple(services), queue_timeout=1.0),
@@ -163,6 +161,11 @@ class GatewayMesh:
             metrics=metrics,
             wall_time=lambda: 0.0,
         )
+
+    def expose(self, engine: Engine) -> None:
+        """Let the node with the gateway serve too; before ``open``."""
+        service = LocalService("llm", "127.0.0.1", engine.port, check=TCP)
+        self.front = self._member("front-that-serves", self.front_metrics, [service])
 
     async def open(
         self,

@@ -175,9 +175,12 @@ class Attempts:
             elsewhere = await self._why_elsewhere(served)
             if elsewhere is None:
                 return served
+            tried = self._asked.tried
+            tried[lease.peer_id] = elsewhere
             try:
                 other = await self._chooser.lease(self._asked, may_wait=False)
             except NoCandidate:
+                del tried[lease.peer_id]
                 return served  # its refusal is better than one of ours
             served.exchange.reset()
             if served.upload is not None:

@@ -197,7 +197,7 @@ class _Request:
         try:
             refusal = gateway._access.refusal(self._head)
             if refusal is not None:
-                return await self._answer(refusal)
+                return await self._answer(refusal, close=True)
             preflight = gateway._access.preflight(self._head)
             if preflight is not None:
                 return await self._permit(preflight)
