@@ -46,6 +46,7 @@ class LeaseBook:
 
     def __init__(self, candidates: Candidates, rng: Dice) -> None:
         self.on_ejection: Callable[[Ejection], None] = lambda _: None
+        self.on_use: Callable[[str], None] = lambda _: None
         self.own_total = 0  # open leases, over all peers and services
         self.retries = RetryBudget()
         self._candidates = candidates
@@ -150,5 +151,6 @@ class LeaseBook:
         view = self._candidates.known(lease.peer_id)
         assert view is not None
         view.count(lease.service_id, change)
+        self.on_use(lease.peer_id)
         self.own_total += change
         self._candidates.note(lease.peer_id)

@@ -153,6 +153,10 @@ class Router:
         """Tell ``told`` of each peer that is put aside for its failures."""
         self._book.on_ejection = told
 
+    def on_use(self, told: Callable[[str], None]) -> None:
+        """Tell ``told`` of each peer, this node included, at both ends of a lease on it."""
+        self._book.on_use = told
+
     def standing(self, peer_id: str, service_id: str, now: float) -> Standing | None:
         """Return a peer's place in the order of the policy; None: offline, or not offered.
 

@@ -76,6 +76,8 @@ class LocalServices:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.on_change = on_change
+        # Told who asks, at both ends of each request.
+        self.on_use: Callable[[str], None] = lambda _: None
         self.draining = False  # then nobody new is admitted
         self._slots = {
             s.service_id: _Slot(s, Probe(HostPort(s.host, s.port), s.check), metrics)
@@ -134,11 +136,16 @@ class LocalServices:
             return "busy"
         return "ok"
 
+    def is_used_by(self, peer_id: str) -> bool:
+        """Whether a peer has requests open here."""
+        return any(slot.holders[peer_id] for slot in self._slots.values())
+
     @contextmanager
     def claim(self, service_id: str, peer_id: str) -> Iterator[None]:
         """Count one request of ``peer_id`` on the service, until the block is left."""
         slot = self._slots[service_id]
         slot.holders[peer_id] += 1
+        self.on_use(peer_id)
         self._tell_load(slot)
         try:
             yield
@@ -146,6 +153,7 @@ class LocalServices:
             slot.holders[peer_id] -= 1
             if not slot.holders[peer_id]:
                 del slot.holders[peer_id]
+            self.on_use(peer_id)
             self._tell_load(slot)
 
     async def connect(self, service_id: str) -> TcpStream:

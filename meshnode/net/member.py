@@ -133,6 +133,7 @@ class Member:
             rng=rng,
             metrics=metrics,
             known=known,
+            is_in_use=self._is_in_use,
         )
         self.loss_reports = LossReports(
             mesh,
@@ -146,6 +147,8 @@ class Member:
         self.services = LocalServices(
             settings.services, metrics=metrics, on_change=self.announcer.changed
         )
+        self.router.on_use(self.peering.note_use)
+        self.services.on_use = self.peering.note_use
         ExitPoint(mesh, self.services, free_vram=self._free_vram, metrics=metrics)
         self.upstreams = Upstreams(mesh, self.router, self.peering, self.services, metrics=metrics)
 
@@ -173,6 +176,9 @@ class Member:
             nursery.start_soon(self.upstreams.sweep_forever)
             nursery.start_soon(self.loss_reports.run_forever)
             nursery.start_soon(self.peering.run_forever)
+
+    def _is_in_use(self, peer_id: str) -> bool:
+        return self.router.own_in_flight(peer_id) > 0 or self.services.is_used_by(peer_id)
 
     def _compose(self, seq: int, state: State) -> NodeData:
         gpu = self._gpu()

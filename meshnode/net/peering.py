@@ -1,7 +1,8 @@
 """How many links this node keeps, and to whom: bootstraps first, then whomever the ledger names.
 
-All of them while the mesh is small, some chosen at random once it is large: a random graph of six
-links each stays whole though a third of its nodes die, and needs its bootstraps no longer.
+All of them while the mesh is small, some chosen at random once it is large, and beside those the
+ones that requests go over: a random graph of six links each stays whole though a third of its nodes
+die, and needs its bootstraps no longer.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from meshnode.net.dialler import DIAL_TIMEOUT, LAST_RETRY, Backoff, Dialler
 from meshnode.net.ledger_sync import LedgerSync
 from meshnode.net.liveness import Liveness
 from meshnode.net.mesh import LinkEvent, LinkState, Mesh
+from meshnode.net.parting import DEFAULT_TARGETS, LinkTargets, Parting
 from meshnode.net.rng import Rng
 
-MIN_LINKS = 6
-ALL_LINKS_UP_TO = 30  # other nodes; above, MIN_LINKS of them are enough
 _FILL_INTERVAL = 0.5  # seconds
 # Of two that find each other at once, the one with the larger peer ID lets the other begin.
 _YIELD_FIRST = 0.3  # seconds
+# Whether a bootstrap that is heard through others needs a link after all is looked at this often.
+_SPARED_INTERVAL = 5.0  # seconds
 # While alone, a bootstrap that comes back is found within this time.
 _ALONE_RETRY = 1.5  # seconds
 # A ledger is asked for soon after joining, when others may have joined unheard, then rarely.
@@ -57,6 +59,7 @@ class Peering:
         bootstraps: multiaddrs that end in ``/p2p/<peer ID>``; this node's own is skipped.
         forget_load: told the peer ID of who was taken out of the candidates.
         known: peers of earlier lives, dialled while nobody is linked; kept up to date.
+        is_in_use: whether requests are open now to a peer or from it.
     """
 
     def __init__(
@@ -70,16 +73,15 @@ class Peering:
         rng: Rng,
         metrics: Metrics,
         known: KnownPeers | None = None,
-        min_links: int = MIN_LINKS,
-        all_links_up_to: int = ALL_LINKS_UP_TO,
+        is_in_use: Callable[[str], bool] = lambda _: False,
+        targets: LinkTargets = DEFAULT_TARGETS,
     ) -> None:
         self.joined = trio.Event()  # the first link stood, or no bootstrap was named
         self._mesh = mesh
         self._ledger = ledger
         self._sync = sync
         self._rng = rng
-        self._min_links = min_links
-        self._all_links_up_to = all_links_up_to
+        self._targets = targets
         self._bootstraps = tuple(
             addr for addr in dict.fromkeys(bootstraps) if not addr.endswith(f"/p2p/{mesh.peer_id}")
         )
@@ -87,6 +89,9 @@ class Peering:
         self._dialler = Dialler(mesh, ledger, self._known, rng)
         self.liveness = Liveness(
             mesh, ledger, self._dialler, forget_load=forget_load, metrics=metrics
+        )
+        self._parting = Parting(
+            mesh, targets, others=self._others, is_in_use=is_in_use, rng=rng, metrics=metrics
         )
         self._events, self._heard_events = trio.open_memory_channel[LinkEvent](float("inf"))
         self._found, self._heard_found = trio.open_memory_channel[str](_MAX_FOUND_WAITING)
@@ -117,6 +122,7 @@ class Peering:
             self._nursery.start_soon(self._dial_found_forever)
             self._nursery.start_soon(self._exchange_ledgers_forever)
             self._nursery.start_soon(self.liveness.keep_alive_forever)
+            self._nursery.start_soon(self._parting.part_forever)
         if self._fatal is not None:
             raise self._fatal
 
@@ -145,6 +151,10 @@ class Peering:
         """Take a peer out of the candidates that is kept out from now on."""
         self.liveness.take_out(peer_id, "blocked", why)
 
+    def note_use(self, peer_id: str) -> None:
+        """Keep the link to a peer warm: a request to it, or from it, began or ended."""
+        self._parting.note_use(peer_id)
+
     def found(self, addrs: tuple[str, ...]) -> None:
         """Dial a peer that another discovery found, unless links are enough; never waits.
 
@@ -152,7 +162,10 @@ class Peering:
             addrs: its multiaddrs, best first, each ending in the same ``/p2p/<peer ID>``.
         """
         peer_id = addrs[0].rpartition("/p2p/")[2]
-        if peer_id == self._mesh.peer_id or len(self._mesh.links()) >= self._all_links_up_to:
+        if (
+            peer_id == self._mesh.peer_id
+            or len(self._mesh.links()) >= self._targets.all_links_up_to
+        ):
             return
         self._dialler.learn(peer_id, addrs)
         entry = self._ledger.get(peer_id)
@@ -181,7 +194,8 @@ class Peering:
         async for event in self._heard_events:
             if event.state is LinkState.DOWN:
                 self._needs_ledger = self._needs_ledger or not self._mesh.links()
-                self._nursery.start_soon(self.liveness.link_went_down, event)
+                if not self._parting.take_agreement(event.peer_id):
+                    self._nursery.start_soon(self.liveness.link_went_down, event)
             elif event.state is LinkState.UP and self._needs_ledger:
                 self._needs_ledger = False
                 self._nursery.start_soon(self._ask_for_ledger)
@@ -213,12 +227,20 @@ class Peering:
                 self._refused_by.pop(addr, None)
                 reached = True
                 backoff.reset()
-                await self._link_lost(peer_id)
+                await self._link_needed(peer_id)
             await self._back_off(backoff)
 
-    async def _link_lost(self, peer_id: str) -> None:
-        while self._dialler.is_linked(peer_id):
-            await self._links_changed.wait()
+    async def _link_needed(self, peer_id: str) -> None:
+        """Wait until a bootstrap has neither a link nor a place in this mesh without one."""
+        while self._dialler.is_linked(peer_id) or self._is_spared(peer_id):
+            with trio.move_on_after(_SPARED_INTERVAL):
+                await self._links_changed.wait()
+
+    def _is_spared(self, peer_id: str) -> bool:
+        """Whether a peer is heard through others, and links are enough without it."""
+        entry = self._ledger.get(peer_id)
+        is_heard = entry is not None and entry.is_online_at(trio.current_time())
+        return is_heard and self._missing_links() <= 0
 
     async def _back_off(self, backoff: Backoff) -> None:
         """Wait before a bootstrap's next try: long in company, shortly when alone."""
@@ -249,14 +271,21 @@ class Peering:
 
     def _whom_to_dial(self, now: float) -> list[str]:
         """Return peers to dial now, chosen at random, so that links after them are enough."""
-        others = [e.peer_id for e in self._ledger.online(now) if e.peer_id != self._mesh.peer_id]
-        linked = {link.peer_id for link in self._mesh.links()}
-        wanted = len(others) if len(others) <= self._all_links_up_to else self._min_links
-        missing = wanted - len(linked)
+        missing = self._missing_links()
         if missing <= 0:
             return []
+        others = [e.peer_id for e in self._ledger.online(now) if e.peer_id != self._mesh.peer_id]
+        linked = {link.peer_id for link in self._mesh.links()}
         free = [p for p in others if p not in linked and self._dialler.may_try(p, now)]
         return self._rng.sample(free, min(missing, len(free)))
+
+    def _missing_links(self) -> int:
+        return self._targets.missing(self._others(), len(self._mesh.links()))
+
+    def _others(self) -> int:
+        """Return how many other nodes are online."""
+        online = self._ledger.online(trio.current_time())
+        return sum(entry.peer_id != self._mesh.peer_id for entry in online)
 
     async def _try_to_connect(self, peer_id: str) -> None:
         if self._mesh.peer_id > peer_id:

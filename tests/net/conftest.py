@@ -27,6 +27,7 @@ from meshnode.net.libp2p.identity import ephemeral_identity
 from meshnode.net.local_services import LocalService, LocalServices
 from meshnode.net.memory_mesh import MemoryMesh, MemoryNetwork
 from meshnode.net.mesh import Mesh
+from meshnode.net.parting import DEFAULT_TARGETS, LinkTargets
 from meshnode.net.peering import Peering
 from meshnode.net.upstream import Upstreams
 
@@ -47,6 +48,7 @@ class Node:
         vram: int = 0,
         start_seq: int = 1,
         known: KnownPeers | None = None,
+        targets: LinkTargets = DEFAULT_TARGETS,
     ) -> None:
         rng = random.Random(name)
         self.mesh = mesh
@@ -87,7 +89,11 @@ class Node:
             rng=rng,
             metrics=self.metrics,
             known=known,
+            is_in_use=self.is_in_use,
+            targets=targets,
         )
+        self.router.on_use(self.peering.note_use)
+        self.services.on_use = self.peering.note_use
         self.exit = ExitPoint(
             mesh, self.services, free_vram=lambda: self.vram, metrics=self.metrics
         )
@@ -108,6 +114,9 @@ class Node:
     def addr(self) -> str:
         """Where it will listen, known before it runs."""
         return f"{self.memory_mesh.transport_addr}/p2p/{self.peer_id}"
+
+    def is_in_use(self, peer_id: str) -> bool:
+        return self.router.own_in_flight(peer_id) > 0 or self.services.is_used_by(peer_id)
 
     def compose(self, seq: int, state: State) -> NodeData:
         return NodeData(

@@ -16,7 +16,16 @@ import jsonschema
 import msgpack
 import pytest
 
-from meshnode.core import ledger_exchange, loss_report, membership, node_data, token, tunnel, wire
+from meshnode.core import (
+    ledger_exchange,
+    loss_report,
+    membership,
+    node_data,
+    parting,
+    token,
+    tunnel,
+    wire,
+)
 
 GENERATOR = Path(__file__).parent / "generator"
 MODULES: dict[str, ModuleType] = {
@@ -25,6 +34,7 @@ MODULES: dict[str, ModuleType] = {
     "ledger/1.0.0": ledger_exchange,
     "loss/1.0.0": loss_report,
     "tunnel/2.0.0": tunnel,
+    "parting/1.0.0": parting,
 }
 each_protocol = pytest.mark.parametrize("name", MODULES)
 
@@ -136,6 +146,8 @@ def test_the_keys_of_the_specification_are_those_of_the_schema(protocols: Path, 
 def test_the_closed_sets_of_words_are_those_of_the_code(protocols: Path) -> None:
     statuses = table(protocols, "tunnel/2.0.0", "TunnelReply", "Status")
     assert tuple(row["Status"] for row in statuses) == get_args(tunnel.Status)
+    answers = table(protocols, "parting/1.0.0", "PartingReply", "Answer")
+    assert tuple(row["Answer"] for row in answers) == get_args(parting.Answer)
     states = [
         r for r in table(protocols, "announce/1.0.0", "NodeData", "Key") if r["Key"] == "State"
     ]

@@ -6,11 +6,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from meshnode.net.peering import MIN_LINKS
+from meshnode.net.parting import DEFAULT_TARGETS
 from meshnode.testing.fixtures import OpenSwarm
 from meshnode.testing.swarm import Swarm
 
 HUB = 0
+MIN_LINKS = DEFAULT_TARGETS.min_links
 
 
 def graph_of(swarm: Swarm) -> dict[int, set[int]]:

@@ -16,6 +16,7 @@ import announce
 import ledger
 import loss
 import membership
+import parting
 import tokens
 import tunnel
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3] / "protocols"
 
 
 def main(target: Path) -> None:
-    for protocol in (announce, membership, tokens, ledger, loss, tunnel):
+    for protocol in (announce, membership, tokens, ledger, loss, tunnel, parting):
         for name, content in protocol.files().items():
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
