@@ -9,7 +9,8 @@ import trio
 
 from meshnode.config import Config
 from meshnode.http.gateway.access import Access
-from meshnode.http.gateway.choice import ServiceChooser
+from meshnode.http.gateway.choice import Aim, ModelChooser
+from meshnode.http.gateway.listing import Listing
 from meshnode.http.gateway.server import Gateway, GatewaySettings
 from meshnode.http.unavailable import answer_unavailable
 from meshnode.metrics import Metrics
@@ -32,7 +33,7 @@ def build_entry(
     metrics: Metrics,
     wall_time: Callable[[], float],
 ) -> Entry:
-    """Return what the settings ask for; ``choose_service`` names the service of a request."""
+    """Return what the settings ask for; ``choose_service`` names that of a plain connection."""
     if config.proxy_mode == "tcp":
         return EntryPoint(
             member.router,
@@ -44,14 +45,15 @@ def build_entry(
             settings=EntrySettings(target=config.target),
         )
     return Gateway(
-        ServiceChooser(
-            member.router,
+        ModelChooser(
+            member.models,
+            member.ledger,
             member.queue,
-            target=config.target,
+            aim=Aim(config.service, config.target),
             wall_time=wall_time,
         ),
         member.upstreams,
-        choose_service=choose_service,
+        listing=Listing(member.ledger, service_id=config.service),
         access=Access(
             loopback_only=config.proxy is None or config.proxy.is_loopback,
             cors_origins=config.cors_origin,

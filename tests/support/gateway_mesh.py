@@ -7,14 +7,15 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import Any
 
 import trio
 
 from meshnode.http.gateway.access import Access
-from meshnode.http.gateway.choice import ServiceChooser
+from meshnode.http.gateway.choice import Aim, ModelChooser
+from meshnode.http.gateway.listing import Listing
 from meshnode.http.gateway.server import Gateway, GatewaySettings
 from meshnode.metrics import Metrics
-from meshnode.net.federation_entry import choose_service
 from meshnode.net.local_services import LocalService
 from meshnode.net.member import Member, MemberSettings
 from meshnode.net.memory_mesh import MemoryNetwork
@@ -179,16 +180,15 @@ class GatewayMesh:
 
     async def gateway(self, settings: GatewaySettings | None, access: Access | None) -> None:
         gateway = Gateway(
-            ServiceChooser(
-                self.front.router,
+            ModelChooser(
+                self.front.models,
+                self.front.ledger,
                 self.front.queue,
-                target=None,
+                aim=Aim(),
                 wall_time=lambda: 0.0,
             ),
             self.front.upstreams,
-            choose_service=lambda: choose_service(
-                None, self.front.ledger.services_online(trio.current_time())
-            ),
+            listing=Listing(self.front.ledger, service_id=None),
             access=access or Access(loopback_only=True),
             metrics=self.front_metrics,
             settings=settings or GatewaySettings(),
@@ -202,11 +202,17 @@ class GatewayMesh:
         self._nursery.start_soon(member.run_forever)
 
     async def peer(
-        self, name: str, engine: Engine | int, *, vram: int = 1, limit: int = 0
+        self,
+        name: str,
+        engine: Engine | int,
+        *,
+        vram: int = 1,
+        limit: int = 0,
+        check: HealthCheck = TCP,
     ) -> Member:
         """Add a member before an engine (or a port), and wait until the gateway knows it."""
         port = engine if isinstance(engine, int) else engine.port
-        service = LocalService("llm", "127.0.0.1", port, max_in_flight=limit, check=TCP)
+        service = LocalService("llm", "127.0.0.1", port, max_in_flight=limit, check=check)
         member = self._member(name, Metrics(), [service], vram)
         self.peers[name] = member
         await self._start(member)
@@ -223,7 +229,7 @@ class GatewayMesh:
         await self._nursery.start(engine.run)
         return engine
 
-    async def served_by(self, serve: Serve, name: str = "peer", **options: int) -> Engine:
+    async def served_by(self, serve: Serve, name: str = "peer", **options: Any) -> Engine:
         """Add a member before an engine that does as told."""
         engine = await self.engine(serve)
         await self.peer(name, engine, **options)

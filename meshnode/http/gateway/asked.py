@@ -71,7 +71,6 @@ class Asked:
 
     head: RequestHead
     routed: RoutedRequest
-    service_id: str
     request_id: bytes
     first: bytes  # for the engine: the head, and the beginning of the body
     upload: Upload | None  # the rest of the body

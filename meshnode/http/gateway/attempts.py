@@ -55,6 +55,9 @@ class Unserved(Exception):
 class Chooser(Protocol):
     """Who decides which peer serves a request."""
 
+    def check_offers(self) -> None:
+        """See that anybody serves anything. Raises NoCandidate."""
+
     async def lease(self, asked: Asked, *, may_wait: bool) -> Lease:
         """Pick a peer that was not tried yet, and count the request on it.
 
@@ -314,7 +317,7 @@ class Attempts:
         log.info(
             "peer_given_up",
             peer_id=lease.peer_id,
-            service=asked.service_id,
+            service=lease.service_id,
             attempt=len(asked.tried),
             reason=reason,
             error=error,

@@ -1,52 +1,92 @@
-"""Which service and which peer a request goes to."""
+"""Which peer a request goes to: by its model, its prompt, its session and the load."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import trio
 
 from meshnode.core.lease import Lease
-from meshnode.core.router import Router
+from meshnode.core.ledger import Ledger
+from meshnode.core.model_router import ModelRequest, ModelRouter
+from meshnode.errors import NoCandidate
 from meshnode.http.gateway.asked import Asked
 from meshnode.net.lease_queue import LeaseQueue
 
+# Failures of a peer count as retries; these are answers of one that is well.
+_NO_FAILURES = frozenset({"busy", "draining", "model_not_found"})
+# What clients call a session, in the order in which it is looked for.
+_SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
 
-class ServiceChooser:
-    """Picks among the peers that offer the request's service, and waits while all are full.
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What the operator chose for every request."""
+
+    service_id: str | None = None  # nobody's other services will do
+    target: str | None = None  # a peer ID or name; nobody else serves then
+
+
+class ModelChooser:
+    """Picks among those who have the model, and waits while all of them are full.
 
     Args:
-        target: a peer ID or name; nobody else serves then.
         wall_time: Unix seconds, kept with each decision for display.
     """
 
     def __init__(
         self,
-        router: Router,
+        models: ModelRouter,
+        ledger: Ledger,
         queue: LeaseQueue,
         *,
-        target: str | None,
+        aim: Aim,
         wall_time: Callable[[], float],
     ) -> None:
-        self._router = router
+        self._models = models
+        self._ledger = ledger
         self._queue = queue
-        self._target = target
+        self._aim = aim
         self._wall_time = wall_time
+
+    def check_offers(self) -> None:
+        """See that anybody serves anything, before a request is read for nothing.
+
+        Raises:
+            NoCandidate: nobody does.
+        """
+        if not self._ledger.services_online(trio.current_time()):
+            raise NoCandidate(
+                "no peer offers a service yet; start a node with --expose NAME=HOST:PORT, or wait"
+            )
 
     async def lease(self, asked: Asked, *, may_wait: bool) -> Lease:
         try_lease = partial(self._try_lease, asked)
         if not may_wait:
             return try_lease()
-        key = (asked.service_id, self._target)
+        key = (asked.routed.model, self._aim)
         return await self._queue.lease(try_lease, key=key)
 
     def _try_lease(self, asked: Asked) -> Lease:
-        return self._router.lease(
-            now=trio.current_time(),
-            wall_time=self._wall_time(),
-            service_id=asked.service_id,
-            target=self._target,
-            exclude=tuple(asked.tried),
-            attempt=len(asked.tried) + 1,
+        routed, tried = asked.routed, asked.tried
+        return self._models.lease(
+            ModelRequest(
+                now=trio.current_time(),
+                model=routed.model,
+                prompt=routed.prompt,
+                session=self._session(asked),
+                service_id=self._aim.service_id,
+                target=self._aim.target,
+                exclude=tuple(tried),
+                attempt=len(tried) + 1,
+                wall_time=self._wall_time(),
+                is_retry=not _NO_FAILURES.issuperset(tried.values()),
+            )
         )
+
+    def _session(self, asked: Asked) -> str | None:
+        if self._models.affinity != "session":
+            return None
+        return next((text for name in _SESSION_HEADERS if (text := asked.head.text(name))), None)

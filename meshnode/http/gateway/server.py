@@ -31,6 +31,7 @@ from meshnode.http.gateway.client import Client, ClientGone, ClientLimits, Reque
 from meshnode.http.gateway.delivery import Delivered, Delivery
 from meshnode.http.gateway.headers import printable, request_id_of
 from meshnode.http.gateway.heads import BadRequest, RequestHead
+from meshnode.http.gateway.listing import Listing
 from meshnode.http.gateway.watch import GoneWatch
 from meshnode.metrics import Metrics
 from meshnode.net.splice import IDLE_TIMEOUT
@@ -61,9 +62,8 @@ class Gateway:
     """Routes each request of each client.
 
     Args:
-        choose_service: names the service that a request is for; raises NoCandidate where it
-            can't.
         access: who may ask.
+        listing: the lists that are answered here.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class Gateway:
         chooser: Chooser,
         upstreams: Upstreams,
         *,
-        choose_service: Callable[[], str],
         access: Access,
+        listing: Listing,
         metrics: Metrics,
         settings: GatewaySettings,
     ) -> None:
         self._chooser = chooser
         self._upstreams = upstreams
-        self._choose_service = choose_service
         self._access = access
+        self._listing = listing
         self._metrics = metrics
         self._settings = settings
         self._watch = GoneWatch()
@@ -201,6 +201,9 @@ class _Request:
             preflight = gateway._access.preflight(self._head)
             if preflight is not None:
                 return await self._permit(preflight)
+            listed = gateway._listing.answer(self._head)
+            if listed is not None:
+                return await self._tell(listed)
             asked = await self._read()
             return await self._proxy(asked)
         except BadRequest as exc:
@@ -227,7 +230,7 @@ class _Request:
         """Return the request with as much of its body as routing needs."""
         head = self._head
         try:
-            service_id = self._gateway._choose_service()
+            self._gateway._chooser.check_offers()
         except NoCandidate:
             await self._skip_body()
             raise
@@ -249,7 +252,6 @@ class _Request:
             routed=parse_request(self._method, self._path, content_type, known)
             if is_inference
             else RoutedRequest(self._api),
-            service_id=service_id,
             request_id=self._id,
             first=first,
             upload=upload,
@@ -391,6 +393,20 @@ class _Request:
         await self._client.send(
             render(answer, self._api, lines, close=close, is_head=self._head.method == b"HEAD")
         )
+        if close:
+            await self._client.end()
+        return not close
+
+    async def _tell(self, body: bytes) -> bool:
+        """Answer with a list of the gateway's own."""
+        self._gateway._count("complete")
+        close = self._head.has_body or not self._head.keeps_alive
+        lines = [b"HTTP/1.1 200 OK", b"content-type: application/json"]
+        lines += [b"content-length: %d" % len(body), *self._common_lines()]
+        if close:
+            lines.append(b"connection: close")
+        is_head = self._head.method == b"HEAD"
+        await self._client.send(b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if is_head else body))
         if close:
             await self._client.end()
         return not close
