@@ -173,6 +173,8 @@ class Libp2pMesh:
         self._swarm.admit(conn)
         replaced = self._links.add(conn)
         self._pubsub.admit(conn.peer_id)
+        if conn.was_denied_identify:
+            self._swarm.start_soon(self._serving.push_identify, conn)
         for older in replaced:
             if older.via is not None and conn.via is None:
                 log.info("link_became_direct", peer_id=conn.peer_id, addr=conn.addr)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 import trio
 from libp2p.custom_types import TProtocol
+from libp2p.identity.identify.identify import ID as IDENTIFY
 
 from meshnode.errors import MeshError, StreamReset, WireError
 from meshnode.metrics import Metrics
@@ -20,9 +21,10 @@ from meshnode.net.libp2p.muxer import YamuxStream
 from meshnode.net.libp2p.negotiate import Responder
 from meshnode.net.libp2p.remedies import ForeignError, foreign_faults
 from meshnode.net.libp2p.stream import Libp2pStream
-from meshnode.net.libp2p.swarm import MeshConn, MeshHost
+from meshnode.net.libp2p.swarm import MeshConn, MeshHost, open_negotiated
 from meshnode.net.mesh import ByteStream, MeshStream, StreamHandler
 
+IDENTIFY_PUSH = "/ipfs/id/push/1.0.0"
 PING_PROTOCOL_ID = "/ipfs/ping/1.0.0"
 _PING_BYTES = 32  # libp2p's ping specification
 
@@ -85,6 +87,11 @@ class Serving:
                 # then either may ask for a proof by another key.
                 served = not conn.is_proving and (conn.is_member or not conn.dialled)
                 conn.is_proving = conn.is_proving or served
+            elif wanted == IDENTIFY and not conn.is_member:
+                # Declined, not kept waiting: go-libp2p asks for it on every new connection, and
+                # opens no other stream, membership's included, before it has its answer.
+                served = False
+                conn.was_denied_identify = True
             else:
                 if not await self._is_member(conn):
                     return None
@@ -131,6 +138,19 @@ class Serving:
             )
         else:
             await muxed.aclose()
+
+    async def push_identify(self, conn: MeshConn) -> None:
+        """Tell a new member unasked what it was denied before it was one.
+
+        go's pubsub, and whatever else there waits for identify, begins only then.
+        """
+        with trio.move_on_after(self._limits.negotiate_timeout):
+            try:
+                with foreign_faults(self._metrics, "identify_push", passing=(MeshError, WireError)):
+                    muxed, _ = await open_negotiated(conn, (IDENTIFY_PUSH,))
+                    await self._run_foreign(conn, muxed, IDENTIFY)
+            except (MeshError, WireError, ForeignError) as exc:
+                log.debug("identify_not_pushed", peer_id=conn.peer_id, error=str(exc))
 
     async def _run_foreign(self, conn: MeshConn, muxed: YamuxStream, protocol_id: str) -> None:
         handler = self._foreign(protocol_id)

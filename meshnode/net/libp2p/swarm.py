@@ -70,6 +70,7 @@ class MeshConn(SwarmConn):
         self.since = trio.current_time()  # of membership, once it is settled
         self.is_member = False
         self.proven_by: bytes | None = None  # the ID of the key that membership was proven with
+        self.was_denied_identify = False  # it asked before it was a member
         self.is_proving = False  # the other side has begun the membership exchange
         self.settled = trio.Event()  # membership is proven, or the connection is gone
         self.waiting_streams = 0

@@ -9,6 +9,7 @@ from meshnode.errors import PeerRefused, PeerUnreachable, StreamReset, TokenRefu
 from meshnode.net.libp2p import membership
 from meshnode.net.libp2p.limits import Limits
 from meshnode.net.libp2p.negotiate import propose
+from meshnode.net.libp2p.swarm import open_negotiated
 from meshnode.net.libp2p.tcp import TcpStream, open_tcp, parse_tcp_addr
 from meshnode.net.mesh import LinkState, MeshStream
 
@@ -87,7 +88,7 @@ async def test_nothing_is_served_before_membership_is_proven(make_node, run_node
         async with run_nodes(one, two, linked=False):
             conn = await pending_connection(two, one)
             async with trio.open_nursery() as nursery:
-                for protocol_id in (SERVED, "/ipfs/ping/1.0.0", "/ipfs/id/1.0.0", "/meshsub/1.1.0"):
+                for protocol_id in (SERVED, "/ipfs/ping/1.0.0", "/meshsub/1.1.0"):
                     stream = await conn.muxed_conn.open_stream()
                     nursery.start_soon(_expect_reset, stream, protocol_id)
             await conn.event_closed.wait()
@@ -221,3 +222,28 @@ async def test_a_listener_that_never_answers_is_given_up(make_node, run_nodes):
                 await two.dial(one.addrs[0], timeout=3)
             assert not two._swarm.all_conns
             assert not two._gate._proving
+
+
+async def test_a_dialler_that_asks_for_identify_first_is_not_kept_waiting(make_node, run_nodes):
+    """go-libp2p opens no stream of its own, membership's included, before that is answered."""
+    one, two = make_node(), make_node()
+    pushed = trio.Event()
+
+    async def take_push(stream: MeshStream) -> None:
+        assert await stream.receive_some()
+        pushed.set()
+
+    two.serve("/ipfs/id/push/1.0.0", take_push)
+    with trio.fail_after(5):
+        async with run_nodes(one, two, linked=False):
+            conn = await pending_connection(two, one)
+            began = trio.current_time()
+            with pytest.raises(PeerRefused):
+                await open_negotiated(conn, ("/ipfs/id/1.0.0",))
+            assert trio.current_time() - began < 1
+            # The same connection may still become a member's, who is then told unasked.
+            await two._gate._prove(conn)
+            await pushed.wait()
+            stream = await two.open_stream(one.peer_id, "/ipfs/id/1.0.0", timeout=2)
+            assert await stream.receive_some()
+            stream.reset()
