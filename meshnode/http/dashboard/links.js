@@ -55,7 +55,7 @@ function draw(model, near, far, labelled, text) {
   };
   const lines = svg("g");
   const dots = svg("g");
-  const [rx, ry] = far.length ? [135, 92] : [160, 112];
+  const [rx, ry] = far.length ? [118, 92] : [160, 112];
   near.forEach((peer, i) => {
     const [x, y] = ring(near.length, i, rx, ry);
     lines.append(svg("line", { x1: cx, y1: cy, x2: x, y2: y, class: linkWord(peer, false) }));
@@ -65,7 +65,7 @@ function draw(model, near, far, labelled, text) {
     const side = Math.abs(x - cx) < 25 ? "middle" : x > cx ? "start" : "end";
     const lx = x + { middle: 0, start: 13, end: -13 }[side];
     const ly = side !== "middle" ? y - 1 : y < cy ? y - 25 : y + 21;
-    const name = [...clean(peer.name)].slice(0, 13).join("");
+    const name = [...clean(peer.name)].slice(0, 12).join("");
     const anchor = { x: lx, "text-anchor": side };
     dots.append(svg("text", { ...anchor, y: ly }, name || shortId(peer.peer_id)));
     const rtt = roughly(peer.rtt_ms);
