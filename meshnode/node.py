@@ -16,6 +16,7 @@ from pathlib import Path
 
 import structlog
 import trio
+from starlette.routing import Route
 
 from meshnode import __version__
 from meshnode.config import Config
@@ -24,7 +25,8 @@ from meshnode.core.belonging import Belonging, Membership
 from meshnode.errors import ConfigError, ListenFailed, MeshnodeError
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.gpu.probe import find_readers
-from meshnode.http import control_api, server
+from meshnode.http import control_api, localai, server
+from meshnode.http.forward_api import ForwardApi
 from meshnode.http.guard import Access, make_local_key
 from meshnode.metrics import Metrics
 from meshnode.net.discovery import discover_forever
@@ -165,7 +167,15 @@ class Node:
             async with trio.open_nursery() as parts:
                 await self._start(parts)
                 parts.start_soon(self._view.watch_forever)
-                app = control_api.build_app(self._view, access=self._access, events=self._view.feed)
+                app = control_api.build_app(
+                    self._view,
+                    access=self._access,
+                    events=self._view.feed,
+                    more=[
+                        *localai.routes(self._view),
+                        Route("/api/forward", ForwardApi(self._view.forwards), methods=["POST"]),
+                    ],
+                )
                 await parts.start(server.serve_forever, app, api)
                 if proxy:
                     parts.start_soon(self._entry.serve_forever, proxy)
@@ -200,6 +210,7 @@ class Node:
                 f"the token is of network {network}, and this node is in {self.network}; "
                 "restart it to change networks"
             )
+        self._view.token_text = config.token_text
         if self._membership.change(belonging):
             log.info(
                 "belonging_changed",

@@ -17,11 +17,13 @@ from meshnode.config import Config
 from meshnode.core.ledger import EntryState, LedgerEntry
 from meshnode.errors import PeerUnreachable
 from meshnode.gpu.monitor import GpuMonitor
-from meshnode.http import views
+from meshnode.http import localai, views
 from meshnode.http.events import Feed
 from meshnode.http.traffic import Traffic
+from meshnode.http.unavailable import answer_unavailable
 from meshnode.metrics import Metrics
-from meshnode.net.federation_entry import choose_service
+from meshnode.net.federation_entry import EntryPoint, EntrySettings, choose_service
+from meshnode.net.forwards import Carrier, Forwards
 from meshnode.net.member import Member
 from meshnode.net.mesh import Mesh
 
@@ -61,7 +63,9 @@ class LiveView:
         self._mesh = mesh
         self._gpu = gpu
         self._metrics = metrics
-        self._traffic = Traffic(metrics.tunnels, metrics.request_ttft_seconds)
+        self.token_text = config.token_text  # changes while a token is rotated
+        self._traffic = Traffic((metrics.requests, metrics.tunnels), metrics.request_ttft_seconds)
+        self.forwards = Forwards(member.ledger, carrier=self._carrier)
         self.feed = Feed(self)
 
     async def watch_forever(self) -> None:
@@ -141,6 +145,30 @@ class LiveView:
 
     def last_second(self) -> dict[str, object]:
         return self._traffic.latest()
+
+    # LocalAI's endpoints (http/localai.P2PView)
+
+    def p2p_nodes(self) -> list[localai.P2PNode]:
+        return localai.nodes(
+            self._member.ledger.entries(),
+            self.forwards.addresses,
+            now=trio.current_time(),
+            wall_time=time.time(),
+        )
+
+    def token(self) -> str | None:
+        return self.token_text
+
+    def _carrier(self, service_id: str, peer_id: str) -> Carrier:
+        return EntryPoint(
+            self._member.router,
+            self._member.upstreams,
+            choose_service=lambda: service_id,
+            refuse=answer_unavailable,
+            metrics=self._metrics,
+            wall_time=time.time,
+            settings=EntrySettings(target=peer_id),
+        )
 
     # Questions
 

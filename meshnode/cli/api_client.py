@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from meshnode.config import DEFAULT_API
 from meshnode.errors import ConfigError, MeshnodeError, NoCandidate, NodeNotRunning
 from meshnode.values import HostPort, parse_host_port
 
 _TIME_LIMIT = 5.0  # seconds; a node answers within milliseconds, or hangs
+# A node that is followed says something at least every 5 s.
+_SILENCE = 16.0  # seconds
+_MAX_LINE = 1024 * 1024
 _MAX_ANSWER = 64 * 1024 * 1024  # ten thousand peers make about 10 MiB
 
 
@@ -69,6 +72,67 @@ def ask(api: Api, path: str, params: Mapping[str, str | None] | None = None) -> 
     raise _refusal(api, status, body)
 
 
+def with_local_key(api: Api, state_dir: str | None) -> Api:
+    """Return ``api`` with the key that the node left in its state folder, if it has none yet.
+
+    Args:
+        state_dir: the node's state folder; by default where a node of this user keeps it.
+    """
+    if api.key is not None or not api.address.is_loopback:
+        return api
+    if state_dir is None:
+        import platformdirs
+
+        first = (os.environ.get("STATE_DIRECTORY") or "").split(":")[0]
+        named = os.environ.get("MESHNODE_STATE_DIR") or first
+        state_dir = named or platformdirs.user_state_dir("meshnode")
+    path = os.path.join(state_dir, "api.key")
+    return replace(api, key=_read_key(path)) if os.path.exists(path) else api
+
+
+def follow(api: Api, path: str, params: Mapping[str, str]) -> Iterator[dict[str, object]]:
+    """Post to ``path`` and yield each line of the answer as it comes, until it ends.
+
+    Raises:
+        NodeNotRunning: nobody answers, or nothing was heard for a while.
+        MeshnodeError: the node refuses.
+    """
+    import http.client
+    from urllib.parse import urlencode
+
+    address = api.address
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=_SILENCE)
+    headers = {"Authorization": f"Bearer {api.key}"} if api.key else {}
+    try:
+        connection.request("POST", f"{path}?{urlencode(params)}", headers=headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise _refused(api, response.status, response.read(_MAX_ANSWER))
+        while line := response.readline(_MAX_LINE):
+            body = json.loads(line)
+            if not isinstance(body, dict):
+                raise _not_a_node(api, "its answer is no JSON object")
+            yield body
+    except (OSError, http.client.HTTPException) as exc:
+        reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+        raise NodeNotRunning(
+            f"no node answers at {address} ({reason}); start one with: meshnode up, "
+            "or say where it runs: --api HOST:PORT"
+        ) from exc
+    except ValueError as exc:
+        raise _not_a_node(api, "its answer is no JSON") from exc
+    finally:
+        connection.close()
+
+
+def _refused(api: Api, status: int, data: bytes) -> MeshnodeError:
+    try:
+        body = json.loads(data)
+    except ValueError:
+        body = None
+    return _refusal(api, status, body if isinstance(body, dict) else {})
+
+
 def _get(api: Api, target: str) -> tuple[int, bytes]:
     import http.client  # takes a third of what --help may take
 
@@ -107,7 +171,7 @@ def _refusal(api: Api, status: int, body: Mapping[str, object]) -> MeshnodeError
     if code == "api_key_required":
         return ConfigError(
             f"the node at {api.address} wants its API key; say --api-key-file FILE, "
-            "or set MESHNODE_API_KEY_FILE"
+            "or set MESHNODE_API_KEY_FILE; on its own host api.key in its state folder holds one"
         )
     if not message:
         return _not_a_node(api, f"it answers {status}")

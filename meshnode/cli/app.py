@@ -12,6 +12,7 @@ from meshnode import __version__
 from meshnode.cli import (
     demo,
     doctor,
+    forward,
     gpus,
     ping,
     queries,
@@ -51,6 +52,7 @@ def build_app(argv: Sequence[str]) -> typer.Typer:
     app.command("explain")(queries.explain)
     app.command("top")(top.top)
     app.command("ping")(ping.ping)
+    app.command("forward")(forward.forward)
     app.command("gpus")(gpus.gpus)
     app.command("doctor", context_settings=settings.FLAGS_OF_UP)(doctor.doctor)
     app.command("demo")(demo.demo)

@@ -5,7 +5,7 @@ Who may ask for it is decided in ``guard``, before anything here.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from meshnode.errors import MeshnodeError, NoCandidate, PeerUnreachable
-from meshnode.http import page
+from meshnode.http import openapi, page
 from meshnode.http.answers import HEADERS, error_response
 from meshnode.http.guard import Access, Guard
 
@@ -68,7 +68,11 @@ class NodeView(Protocol):
 
 
 def build_app(
-    view: NodeView, *, access: Access | None = None, events: ASGIApp | None = None
+    view: NodeView,
+    *,
+    access: Access | None = None,
+    events: ASGIApp | None = None,
+    more: Sequence[Route] = (),
 ) -> ASGIApp:
     """Return the control API of ``view`` as an ASGI application.
 
@@ -76,6 +80,7 @@ def build_app(
         view: the node.
         access: who may use it; by default whoever reaches it under a loopback name may read.
         events: what answers ``/api/events``, if anything does.
+        more: further routes, behind the same guard.
     """
     pages: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/healthz": _page(lambda request: _json({"status": "alive"})),
@@ -88,9 +93,10 @@ def build_app(
         "/api/ping": partial(_ping, view),
     }
     routes = [Route(path, build, methods=["GET"]) for path, build in pages.items()]
-    routes += page.routes()
+    routes += more
     if events is not None:
         routes.append(Route("/api/events", events, methods=["GET"]))
+    routes += [openapi.route(routes), *page.routes()]
     app = Starlette(
         routes=routes,
         exception_handlers={

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import trio
@@ -17,8 +18,9 @@ from prometheus_client import Metric
 
 # Ten minutes of seconds: what a person still remembers when they come to look.
 KEPT_SECONDS = 600
-# How a request ended that did not go wrong here: whole, or given up by its client.
-_FINE = frozenset({"complete", "client_gone", "ok"})
+# How a request ended that did not go wrong here: whole, given up by its client, or not to be
+# served as the client put it.
+_FINE = frozenset({"complete", "client_gone", "refused"})
 
 
 class _Collected(Protocol):
@@ -51,11 +53,12 @@ class Traffic:
     """A ring of the last seconds, fed by ``sample``.
 
     Args:
-        requests: a counter with the label ``outcome``; where it has ``role``, entries alone count.
+        requests: counters with the label ``outcome``, one for each kind of entry; where one has
+            ``role``, entries alone count.
         ttft: a histogram of seconds to the first byte.
     """
 
-    def __init__(self, requests: _Collected, ttft: _Collected) -> None:
+    def __init__(self, requests: Sequence[_Collected], ttft: _Collected) -> None:
         self._requests = requests
         self._ttft = ttft
         self._seconds: deque[Second] = deque(maxlen=KEPT_SECONDS)
@@ -93,7 +96,7 @@ class Traffic:
 
     def _read(self) -> _Reading:
         ended = failed = 0.0
-        for labels, name, value in _samples(self._requests):
+        for labels, name, value in chain.from_iterable(map(_samples, self._requests)):
             if name.endswith("_total") and labels.get("role", "entry") == "entry":
                 ended += value
                 failed += value if labels.get("outcome") not in _FINE else 0

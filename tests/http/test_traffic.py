@@ -15,7 +15,7 @@ def metrics():
 
 @pytest.fixture
 def traffic(metrics):
-    return Traffic(metrics.tunnels, metrics.request_ttft_seconds)
+    return Traffic((metrics.requests, metrics.tunnels), metrics.request_ttft_seconds)
 
 
 def test_a_second_holds_what_ended_in_it_and_not_what_ended_before(metrics, traffic):
@@ -34,9 +34,20 @@ def test_tunnels_served_for_others_are_not_this_nodes_requests(metrics, traffic)
     assert traffic.sample().ended == 0
 
 
+def test_requests_of_the_gateway_and_plain_connections_count_alike(metrics, traffic):
+    metrics.tunnels.labels(role="entry", outcome="complete").inc()
+    for outcome in ("complete", "refused", "unserved"):
+        metrics.requests.labels(outcome=outcome).inc()
+    second = traffic.sample()
+    assert (second.ended, second.failed) == (4, 1)
+
+
 def test_what_was_counted_before_the_watch_began_is_not_told_as_one_second(metrics):
     metrics.tunnels.labels(role="entry", outcome="complete").inc(1000)
-    assert Traffic(metrics.tunnels, metrics.request_ttft_seconds).sample().ended == 0
+    assert (
+        Traffic((metrics.requests, metrics.tunnels), metrics.request_ttft_seconds).sample().ended
+        == 0
+    )
 
 
 def test_the_median_is_estimated_within_its_bucket(metrics, traffic):
