@@ -69,19 +69,15 @@ def test_three_real_nodes_a_death_and_the_nodes_restart_are_seen_as_they_happen(
     picked = page.locator("#decisions tr.picked")
     assert "host24" in picked.inner_text()
     assert "most free VRAM" in page.locator("#decisions summary").first.inner_text()
-    page.wait_for_function("document.querySelector('#tile-rate-more').textContent[0] !== '0'")
+    rate = page.locator("#tile-rate-more")
+    eventually(lambda: not rate.inner_text().startswith("0"), within=10)
     look.keep("three-nodes", full_page=True)
     assert look.complaints == []
 
     # A host dies.
     killed = monotonic()
     hosts[1].kill()
-    page.wait_for_function(
-        """() => [...document.querySelectorAll('#members-body tr')].some((row) =>
-            row.textContent.includes('host24') &&
-            row.querySelector('.state').textContent === 'offline')""",
-        polling=50,
-    )
+    eventually(lambda: look.states()["host24"] == "offline", within=20)
     took = monotonic() - killed
     assert "host24" in page.locator("#changes").inner_text()
     assert took < SEEN_DEAD_WITHIN + 8, f"{took:.1f} s"  # liveness itself is held elsewhere
