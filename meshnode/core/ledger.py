@@ -192,6 +192,14 @@ class Ledger:
         tombstone = self._tombstones.get(peer_id)
         return tombstone.seq if tombstone is not None and now < tombstone.until else None
 
+    def seq_floors(self, now: float) -> Iterator[tuple[str, int]]:
+        """Yield each peer that has a ``seq_floor``, and that."""
+        for peer_id, entry in self._entries.items():
+            yield peer_id, entry.node.seq
+        for peer_id, tombstone in self._tombstones.items():
+            if now < tombstone.until and peer_id not in self._entries:
+                yield peer_id, tombstone.seq
+
     # What is heard
 
     def observe(

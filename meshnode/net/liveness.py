@@ -108,9 +108,12 @@ class Liveness:
                     self._last_stall = trio.current_time()
                     log.warning("loop_stalled", duration_s=round(trio.current_time() - due, 3))
 
-    def link_came_up(self, event: LinkEvent) -> None:
-        if self._ledger.touch(event.peer_id, trio.current_time()):
+    def link_came_up(self, event: LinkEvent) -> bool:
+        """Take a link as a sign of life; say whether it brought the peer back online."""
+        has_returned = self._ledger.touch(event.peer_id, trio.current_time())
+        if has_returned:
             log.info("peer_returned", peer_id=event.peer_id, reason="connected")
+        return has_returned
 
     async def link_went_down(self, event: LinkEvent) -> None:
         """Try the peer once more; take it out if it can't be reached."""

@@ -17,6 +17,7 @@ from meshnode.core.known_peers import MAX_KNOWN_PEERS, KnownPeers
 from meshnode.core.ledger import Ledger, LedgerEntry
 from meshnode.errors import MeshError, PeerUnreachable, TokenRefused
 from meshnode.metrics import Metrics
+from meshnode.net.anti_entropy import AntiEntropy
 from meshnode.net.dialler import DIAL_TIMEOUT, LAST_RETRY, Backoff, Dialler
 from meshnode.net.ledger_sync import LedgerSync
 from meshnode.net.liveness import Liveness
@@ -31,9 +32,6 @@ _YIELD_FIRST = 0.3  # seconds
 _SPARED_INTERVAL = 5.0  # seconds
 # While alone, a bootstrap that comes back is found within this time.
 _ALONE_RETRY = 1.5  # seconds
-# A ledger is asked for soon after joining, when others may have joined unheard, then rarely.
-_FIRST_EXCHANGE = (4.0, 8.0)  # seconds, from and to
-_NEXT_EXCHANGE = (45.0, 75.0)
 # The lost are tried again a few at a time, so that two halves of a mesh find each other.
 _REUNITE_INTERVAL = (3.0, 5.0)
 _REUNITE_AT_ONCE = 3
@@ -79,7 +77,7 @@ class Peering:
         self.joined = trio.Event()  # the first link stood, or no bootstrap was named
         self._mesh = mesh
         self._ledger = ledger
-        self._sync = sync
+        self._anti_entropy = AntiEntropy(mesh, sync, rng)
         self._rng = rng
         self._targets = targets
         self._bootstraps = tuple(
@@ -96,7 +94,6 @@ class Peering:
         self._events, self._heard_events = trio.open_memory_channel[LinkEvent](float("inf"))
         self._found, self._heard_found = trio.open_memory_channel[str](_MAX_FOUND_WAITING)
         self._links_changed = trio.Event()
-        self._needs_ledger = True
         self._refused_by: dict[str, TokenRefused] = {}  # bootstraps, by address
         self._refusals_logged: set[str] = set()
         self._fatal: TokenRefused | None = None
@@ -120,7 +117,7 @@ class Peering:
             self._nursery.start_soon(self._recall_forever)
             self._nursery.start_soon(self._note_links_forever)
             self._nursery.start_soon(self._dial_found_forever)
-            self._nursery.start_soon(self._exchange_ledgers_forever)
+            self._nursery.start_soon(self._anti_entropy.run_forever, self.joined)
             self._nursery.start_soon(self.liveness.keep_alive_forever)
             self._nursery.start_soon(self._parting.part_forever)
         if self._fatal is not None:
@@ -181,7 +178,10 @@ class Peering:
             case LinkState.UP:
                 log.info("link_up", peer_id=event.peer_id, addr=event.addr, dialled=event.dialled)
                 self.joined.set()
-                self.liveness.link_came_up(event)
+                was_lost = self.liveness.link_came_up(event)
+                # One exchange serves both ends.
+                was_lost = was_lost and event.dialled
+                self._anti_entropy.link_came_up(event.peer_id, was_lost=was_lost)
             case LinkState.DOWN:
                 log.info("link_down", peer_id=event.peer_id, reason=event.reason)
             case LinkState.REFUSED:
@@ -193,12 +193,9 @@ class Peering:
     async def _follow_links_forever(self) -> None:
         async for event in self._heard_events:
             if event.state is LinkState.DOWN:
-                self._needs_ledger = self._needs_ledger or not self._mesh.links()
+                self._anti_entropy.link_went_down()
                 if not self._parting.take_agreement(event.peer_id):
                     self._nursery.start_soon(self.liveness.link_went_down, event)
-            elif event.state is LinkState.UP and self._needs_ledger:
-                self._needs_ledger = False
-                self._nursery.start_soon(self._ask_for_ledger)
 
     def _log_refusal(self, event: LinkEvent) -> None:
         if event.peer_id not in self._refusals_logged:
@@ -359,26 +356,3 @@ class Peering:
             # No more than can be kept, or each round would push out what the last one noted.
             for link in self._mesh.links()[:MAX_KNOWN_PEERS]:
                 self._dialler.note_addrs(link.peer_id)
-
-    # Ledgers
-
-    async def _ask_for_ledger(self) -> None:
-        """Ask one peer after another until one has handed over its ledger."""
-        while links := self._mesh.links():
-            peer_id = self._rng.choice(links).peer_id
-            try:
-                await self._sync.fetch(peer_id)
-            except MeshError as exc:
-                log.info("ledger_not_fetched", peer_id=peer_id, error=str(exc))
-                await trio.sleep(self._rng.uniform(0.5, 1.0))
-            else:
-                return
-        self._needs_ledger = True
-
-    async def _exchange_ledgers_forever(self) -> None:
-        await self.joined.wait()
-        await trio.sleep(self._rng.uniform(*_FIRST_EXCHANGE))
-        while True:
-            if self._mesh.links():
-                await self._ask_for_ledger()
-            await trio.sleep(self._rng.uniform(*_NEXT_EXCHANGE))

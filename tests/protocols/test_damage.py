@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.core import ledger_exchange, membership, node_data, token, tunnel
+from meshnode.core import ledger_exchange, loss_report, membership, node_data, token, tunnel
 from meshnode.core.wire import FrameDecoder
 from meshnode.errors import TokenInvalid, WireError
 from meshnode.net.libp2p.envelope import open_sealed
 
 
-def read_answer(stream: bytes) -> None:
-    frames = FrameDecoder(ledger_exchange.MAX_RECORD_BYTES)
-    reader = ledger_exchange.AnswerReader()
+def read_part(stream: bytes) -> None:
+    frames = FrameDecoder(ledger_exchange.MAX_MESSAGE_BYTES)
+    reader = ledger_exchange.PartReader(ledger_exchange.Record, ledger_exchange.Want)
     frames.feed(stream)
     while (body := frames.next_frame()) is not None:
-        record = reader.receive(body)
-        if record is not None:
-            node_data.decode_signed(*open_sealed(record.envelope))
+        message = reader.receive(body)
+        if isinstance(message, ledger_exchange.Record):
+            node_data.decode_signed(*open_sealed(message.envelope))
     reader.finish()
 
 
@@ -38,8 +38,9 @@ READERS: list[tuple[str, str, str, Callable[[bytes], object]]] = [
     ("announce", "canonical", "hex", node_data.decode),
     ("announce", "envelopes", "envelope", open_sealed),
     ("membership", "canonical", "hex", membership.decode),
-    ("ledger", "canonical", "hex", ledger_exchange.decode_answer),
-    ("ledger", "answers", "stream", read_answer),
+    ("ledger", "canonical", "hex", ledger_exchange.decode),
+    ("ledger", "parts", "stream", read_part),
+    ("loss", "canonical", "hex", loss_report.decode),
     ("tunnel", "canonical", "hex", tunnel.decode_reply),
     ("tunnel", "canonical", "hex", tunnel.decode_request),
     ("tunnel", "requests", "stream", read_requests),
