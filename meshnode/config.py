@@ -8,6 +8,7 @@ source it came from, and what to write instead.
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, NoReturn, TypeVar
@@ -19,12 +20,14 @@ from meshnode.values import (
     ExposedService,
     HealthCheck,
     HostPort,
+    parse_affinity,
     parse_announce_addr,
     parse_bool,
     parse_bootstrap,
     parse_count,
     parse_duration,
     parse_exposed_service,
+    parse_header_name,
     parse_health,
     parse_host_port,
     parse_listen,
@@ -96,6 +99,12 @@ class Config:
     first_byte_timeout: float = 300.0  # seconds for an engine to begin its answer
     cors_origin: tuple[str, ...] = ()  # whose pages may use the proxy
     response_headers: bool = True  # x-meshnode-peer and x-meshnode-reason
+    affinity: Literal["off", "prefix", "session"] = "prefix"  # what makes a peer warm
+    session_header: str = "x-session-id"  # where clients name their sessions; lower case
+    client_keys_file: str | None = None
+    # The parsed file: one table for each client that may use the proxy; None asks for no key.
+    client_keys: Mapping[str, object] | None = field(default=None, repr=False)
+    open_proxy: bool = False  # beyond loopback without keys
     service: str | None = None
     target: str | None = None
     policy: Literal["vram", "rotate", "random"] = "vram"
@@ -179,6 +188,11 @@ def resolve(
         first_byte_timeout=read.one("first_byte_timeout", parse_duration, 300.0),
         cors_origin=read.many("cors_origin", parse_origin),
         response_headers=read.switch("response_headers", True),
+        affinity=read.one("affinity", parse_affinity, "prefix"),
+        session_header=read.one("session_header", parse_header_name, "x-session-id"),
+        client_keys_file=read.optional("client_keys_file", _path),
+        client_keys=_client_keys(read, read_text),
+        open_proxy=read.switch("open_proxy", False),
         service=read.optional("service", parse_service_name),
         target=read.optional("target", parse_node_name),
         policy=read.one("policy", parse_policy, "vram"),
@@ -202,7 +216,10 @@ def resolve(
 
 def field_names() -> tuple[str, ...]:
     """Return every setting that flags, environment and file may hold."""
-    derived = {"token_texts", "allowed_peers", "blocked_peers", "api_key", "sources", "warnings"}
+    derived = {
+        *("token_texts", "allowed_peers", "blocked_peers", "api_key", "client_keys"),
+        *("sources", "warnings"),
+    }
     return tuple(entry.name for entry in fields(Config) if entry.name not in derived)
 
 
@@ -397,6 +414,20 @@ def _peer_list(
         read.fail(key, str(exc))
 
 
+def _client_keys(
+    read: _Reader, read_text: Callable[[str], str] | None
+) -> Mapping[str, object] | None:
+    if "client_keys_file" not in read.said:
+        return None
+    try:
+        return tomllib.loads(_read_text(read, "client_keys_file", read_text))
+    except tomllib.TOMLDecodeError as exc:
+        # Without the parser's words: they could quote a key.
+        position = re.search(r"line \d+", str(exc))
+        where = f" ({position[0]})" if position else ""
+        read.fail("client_keys_file", f'is no TOML{where}; write [name] and under it key = "…"')
+
+
 def _api_key(read: _Reader, read_text: Callable[[str], str] | None) -> str | None:
     if "api_key_file" not in read.said:
         return None
@@ -432,7 +463,7 @@ def _read_text(read: _Reader, key: str, read_text: Callable[[str], str] | None) 
 
 def _warnings(read: _Reader) -> tuple[str, ...]:
     proxy = read.optional("proxy", _proxy)
-    if proxy is None or proxy.is_loopback:
+    if proxy is None or proxy.is_loopback or "client_keys_file" in read.said:
         return ()
     return (
         f"proxy={proxy} from {read.sources['proxy']} listens beyond loopback: whoever reaches it "
@@ -489,6 +520,25 @@ def _check_entry(config: Config) -> None:
                 f"{key}={value} from {config.sources[key]} says where the proxy sends requests, "
                 "but there is no proxy; add --proxy"
             )
+    if config.client_keys is not None and config.proxy_mode == "tcp":
+        raise ConfigError(
+            f"client_keys_file={config.client_keys_file} from "
+            f"{config.sources['client_keys_file']} can't be asked for with proxy_mode=tcp from "
+            f"{config.sources['proxy_mode']}, which does not read requests; leave one of them off"
+        )
+    proxy = config.proxy
+    if (
+        proxy is not None
+        and not proxy.is_loopback
+        and config.proxy_mode == "http"
+        and config.client_keys is None
+        and not config.open_proxy
+    ):
+        raise ConfigError(
+            f"proxy={proxy} from {config.sources['proxy']} listens beyond loopback without keys, "
+            "so whoever reaches it could use the mesh; name its clients with --client-keys-file, "
+            "listen on 127.0.0.1, or say --open-proxy"
+        )
 
 
 def _check_queue(config: Config) -> None:

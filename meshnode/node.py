@@ -21,7 +21,9 @@ from starlette.routing import Route
 from meshnode import __version__
 from meshnode.config import Config
 from meshnode.core import token as tokens
+from meshnode.core.api_keys import ClientKeys
 from meshnode.core.belonging import Belonging, Membership
+from meshnode.core.prefix_chain import network_seed
 from meshnode.errors import ConfigError, ListenFailed, MeshnodeError
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.gpu.probe import find_readers
@@ -37,7 +39,7 @@ from meshnode.net.mdns import Mdns
 from meshnode.net.member import Member, MemberSettings
 from meshnode.net.peer_file import FILE_NAME, PeerFile
 from meshnode.net.reachability import Reachability
-from meshnode.node_entry import build_entry
+from meshnode.node_entry import build_entry, client_keys_of
 from meshnode.node_view import LiveView
 from meshnode.values import AUTO
 
@@ -88,6 +90,8 @@ class Node:
                 bootstraps=bootstraps,
                 services=_services(config),
                 policy=config.policy,
+                affinity=config.affinity,
+                prompt_seed=network_seed(belonging.keys[0]),
                 relay=config.relay,
                 announce_interval=config.announce_interval,
                 online_window=config.online_window,
@@ -131,10 +135,13 @@ class Node:
             local_key=_local_key(Path(config.state_dir)),
             allowed_hosts=(config.api.host,),
         )
+        keys_of_clients = client_keys_of(config)
+        self._client_keys = None if keys_of_clients is None else ClientKeys(keys_of_clients)
         self._entry = build_entry(
             config,
             member,
             choose_service=self._view.choose_service,
+            client_keys=self._client_keys,
             metrics=metrics,
             wall_time=time.time,
         )
@@ -211,6 +218,10 @@ class Node:
                 "restart it to change networks"
             )
         self._view.token_text = config.token_text
+        keys_of_clients = client_keys_of(config)
+        # Whether keys are wanted at all is not changed while clients are being served.
+        if self._client_keys is not None and keys_of_clients is not None:
+            self._client_keys.replace(keys_of_clients)
         if self._membership.change(belonging):
             log.info(
                 "belonging_changed",

@@ -8,6 +8,8 @@ from typing import Protocol
 import trio
 
 from meshnode.config import Config
+from meshnode.core.api_keys import ClientKey, ClientKeys, parse_client_keys
+from meshnode.errors import ConfigError
 from meshnode.http.gateway.access import Access
 from meshnode.http.gateway.choice import Aim, ModelChooser
 from meshnode.http.gateway.listing import Listing
@@ -30,6 +32,7 @@ def build_entry(
     member: Member,
     *,
     choose_service: Callable[[], str],
+    client_keys: ClientKeys | None,
     metrics: Metrics,
     wall_time: Callable[[], float],
 ) -> Entry:
@@ -49,7 +52,7 @@ def build_entry(
             member.models,
             member.ledger,
             member.queue,
-            aim=Aim(config.service, config.target),
+            aim=Aim(config.service, config.target, config.session_header),
             wall_time=wall_time,
         ),
         member.upstreams,
@@ -62,5 +65,23 @@ def build_entry(
         settings=GatewaySettings(
             first_byte_timeout=config.first_byte_timeout,
             response_headers=config.response_headers,
+            client_keys=client_keys,
         ),
     )
+
+
+def client_keys_of(config: Config) -> tuple[ClientKey, ...] | None:
+    """Return the keys of clients that may use the proxy; None: it asks for none.
+
+    Raises:
+        ConfigError: the file of keys is wrong.
+    """
+    if config.client_keys is None:
+        return None
+    try:
+        return parse_client_keys(config.client_keys)
+    except ValueError as exc:
+        source = config.sources.get("client_keys_file", "default")
+        raise ConfigError(
+            f"client_keys_file={config.client_keys_file} from {source} {exc}"
+        ) from exc

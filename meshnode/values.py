@@ -25,6 +25,7 @@ _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # base58 of a hashed or an inlined public key
 _PEER_ID = re.compile(r"(12D3KooW|16Uiu2HA|Qm)[1-9A-HJ-NP-Za-km-z]{40,60}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.:\[\]_-]+|null")
+_HEADER = re.compile(r"[A-Za-z0-9-]{1,64}")
 _NETWORK = re.compile(r"[a-z0-9-]{1,32}")
 # A path of a request: visible ASCII, so that nothing in it can end the request line.
 _PATH = re.compile(r"/[!-~]{0,255}")
@@ -226,6 +227,21 @@ def parse_origin(text: str) -> str:
     if origin != "*" and not _ORIGIN.fullmatch(origin):
         raise ValueError("is no origin; write it like https://chat.example, or * for every page")
     return origin
+
+
+def parse_affinity(text: str) -> Literal["off", "prefix", "session"]:
+    """Return what makes a peer warm for a request."""
+    match text:
+        case "off" | "prefix" | "session":
+            return text
+    raise ValueError("is no affinity; write off, prefix or session")
+
+
+def parse_header_name(text: str) -> str:
+    """Return the name of a header in lower case."""
+    if not _HEADER.fullmatch(text.strip()):
+        raise ValueError("is no name of a header; write one like x-session-id")
+    return text.strip().lower()
 
 
 def parse_policy(text: str) -> Literal["vram", "rotate", "random"]:

@@ -220,10 +220,32 @@ def test_a_short_api_key_is_refused_without_printing_it():
     assert "hunter2" not in text
 
 
-def test_a_proxy_beyond_loopback_is_allowed_with_a_warning():
-    config = resolved({"proxy": "0.0.0.0:8080"})
-    assert "beyond loopback" in config.warnings[0]
+def test_a_gateway_beyond_loopback_wants_keys_or_to_be_opened_aloud():
+    text = refusal({"proxy": "0.0.0.0:8080"})
+    assert "--client-keys-file" in text and "--open-proxy" in text
+    opened = resolved({"proxy": "0.0.0.0:8080", "open_proxy": True})
+    assert "beyond loopback" in opened.warnings[0]
     assert resolved({"proxy": "127.0.0.1:0"}).warnings == ()
+    # What can't read requests can't ask for keys.
+    assert "beyond" in resolved({"proxy": "0.0.0.0:1", "proxy_mode": "tcp"}).warnings[0]
+
+
+def test_keys_of_clients_are_read_from_their_file_and_never_shown():
+    files = {"keys": '[alice]\nkey = "alice-key-0123456789"\n', "bad": 'key = "secret-one\n'}
+    read = {"read_text": files.__getitem__}
+    config = resolved({"proxy": "0.0.0.0:8080", "client_keys_file": "keys"}, **read)
+    assert config.client_keys == {"alice": {"key": "alice-key-0123456789"}}
+    assert config.warnings == () and "0123456789" not in repr(config)
+    damaged = refusal({"client_keys_file": "bad"}, **read)
+    assert "is no TOML (line 1)" in damaged and "secret-one" not in damaged
+    tcp = {"proxy": "127.0.0.1:1", "proxy_mode": "tcp", "client_keys_file": "keys"}
+    assert "proxy_mode=tcp" in refusal(tcp, **read)
+
+
+def test_what_makes_a_peer_warm_is_chosen_by_name():
+    assert resolved({"affinity": "session", "session_header": "X-Chat"}).session_header == "x-chat"
+    assert "off, prefix or session" in refusal({"affinity": "sticky"})
+    assert "no name of a header" in refusal({"session_header": "x y"})
 
 
 def test_systemds_state_directory_is_taken():

@@ -113,6 +113,33 @@ def up(
             show_default=False,
         ),
     ] = None,
+    affinity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="off|prefix|session",
+            help="Prefer the peer whose cache is warm: for the prompt's beginning (default), or "
+            "for the client's session.",
+        ),
+    ] = None,
+    session_header: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Where clients name it; default x-session-id."),
+    ] = None,
+    client_keys_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help='Keys of clients, each [name] with key = "…", models = ["llama3*"], rpm = 60.',
+        ),
+    ] = None,
+    open_proxy: Annotated[
+        bool | None,
+        typer.Option(
+            "--open-proxy",
+            help="Let anybody who reaches the proxy use it, beyond loopback too.",
+            show_default=False,
+        ),
+    ] = None,
     service: Annotated[
         str | None, typer.Option(help="Which service the proxy serves; default the only one.")
     ] = None,

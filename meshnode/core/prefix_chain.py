@@ -7,6 +7,8 @@ core/services/nodes/prefixcache.
 
 from __future__ import annotations
 
+import hmac
+
 from xxhash import xxh64_intdigest
 
 WINDOW = 256  # bytes
@@ -17,6 +19,15 @@ MAX_DEPTH = 64  # blocks; 16 KiB of a prompt tell conversations apart
 SHORT_BITS = 48
 
 _SESSION = "\x00session\x00"  # no canonical prompt begins so
+
+
+def network_seed(key: bytes) -> int:
+    """Return the seed (uint64) of a network, from its key.
+
+    Members can tell from it whether a prompt that they guess was asked, as they could by serving
+    it; nobody else can tell anything from a hash.
+    """
+    return int.from_bytes(hmac.digest(key, b"meshnode prompt hashes", "sha256")[:8], "big")
 
 
 def extract_chain(

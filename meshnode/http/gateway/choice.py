@@ -17,8 +17,8 @@ from meshnode.net.lease_queue import LeaseQueue
 
 # Failures of a peer count as retries; these are answers of one that is well.
 _NO_FAILURES = frozenset({"busy", "draining", "model_not_found"})
-# What clients call a session, in the order in which it is looked for.
-_SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
+# A client's name for its session; a longer one is cut.
+_MAX_SESSION = 256  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class Aim:
 
     service_id: str | None = None  # nobody's other services will do
     target: str | None = None  # a peer ID or name; nobody else serves then
+    session_header: str = "x-session-id"  # where clients name their sessions; lower case
 
 
 class ModelChooser:
@@ -89,4 +90,4 @@ class ModelChooser:
     def _session(self, asked: Asked) -> str | None:
         if self._models.affinity != "session":
             return None
-        return next((text for name in _SESSION_HEADERS if (text := asked.head.text(name))), None)
+        return asked.head.text(self._aim.session_header.encode("ascii"))[:_MAX_SESSION] or None

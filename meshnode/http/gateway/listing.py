@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 import trio
 
+from meshnode.core.api_keys import ClientKey
 from meshnode.core.ledger import Ledger
 from meshnode.core.model_listing import (
     ListedModel,
@@ -35,10 +36,13 @@ class Listing:
         self._ledger = ledger
         self._service_id = service_id
 
-    def answer(self, head: RequestHead) -> bytes | None:
+    def answer(self, head: RequestHead, client: ClientKey | None = None) -> bytes | None:
         """Return the JSON of the answer; None where an engine is to answer.
 
         That is for any other path, and where no engine tells its models: one of them knows best.
+
+        Args:
+            client: who asks, where keys are wanted; it sees what it may have.
         """
         if head.method not in (b"GET", b"HEAD"):
             return None
@@ -56,7 +60,9 @@ class Listing:
         models = list_models(
             self._ledger.entries(), trio.current_time(), service_id=self._service_id
         )
-        if not models:
+        if client is not None and not client.any_model:
+            models = [model for model in models if client.allows(model.name)]
+        elif not models:
             return None
         if not path.startswith(_ONE):
             return json.dumps(shape(models)).encode()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import structlog
 import trio
 
+from meshnode.core.api_keys import ClientKey, ClientKeys, KeyRefusal
 from meshnode.core.form_body import FORM_HEAD_BYTES
 from meshnode.core.openai_request import (
     Api,
@@ -43,6 +44,8 @@ MAX_CLIENTS = 4096
 # Bodies kept for routing and for another attempt, all requests together.
 MAX_KEPT_BYTES = 1024 * 1024 * 1024
 RETRY_AFTER = 5  # seconds
+# They are for this gateway and nobody behind it.
+_KEY_FIELDS = frozenset({b"authorization", b"x-api-key"})
 
 log = structlog.get_logger(__name__)
 
@@ -54,6 +57,7 @@ class GatewaySettings:
     first_byte_timeout: float = 300.0  # seconds for an engine to begin its answer
     idle_timeout: float = IDLE_TIMEOUT  # seconds without a byte of an answer
     response_headers: bool = True  # x-meshnode-peer and x-meshnode-reason
+    client_keys: ClientKeys | None = None  # of those who may ask; None: anybody may
     max_clients: int = MAX_CLIENTS
     limits: ClientLimits = field(default_factory=ClientLimits)
 
@@ -190,6 +194,7 @@ class _Request:
         self._body = client.body_of(head)
         self._waits_for_continue = head.expects_continue
         self._kept = 0  # bytes of the body that count as kept
+        self._key: ClientKey | None = None  # who asks, where keys are wanted
 
     async def serve(self) -> bool:
         """Answer the request; return whether another may follow."""
@@ -201,10 +206,16 @@ class _Request:
             preflight = gateway._access.preflight(self._head)
             if preflight is not None:
                 return await self._permit(preflight)
-            listed = gateway._listing.answer(self._head)
+            refusal = self._identify()
+            if refusal is not None:
+                return await self._answer(refusal)
+            listed = gateway._listing.answer(self._head, self._key)
             if listed is not None:
                 return await self._tell(listed)
             asked = await self._read()
+            refusal = self._permit_request(asked)
+            if refusal is not None:
+                return await self._answer(refusal)
             return await self._proxy(asked)
         except BadRequest as exc:
             return await self._answer(Answer(exc.status, str(exc), exc.code), close=True)
@@ -223,6 +234,31 @@ class _Request:
             )
         finally:
             gateway.keep_bytes(-self._kept)
+
+    # Who asks
+
+    def _identify(self) -> Answer | None:
+        """Find out whose key the request shows; return why it is refused, if it is."""
+        keys = self._settings.client_keys
+        if keys is None:
+            return None
+        found = keys.identify((name, value) for name, value, _ in self._head.fields)
+        if isinstance(found, KeyRefusal):
+            return _refused(found)
+        self._key = found
+        return None
+
+    def _permit_request(self, asked: Asked) -> Answer | None:
+        keys = self._settings.client_keys
+        if keys is None or self._key is None:
+            return None
+        refusal = keys.permit(
+            self._key,
+            asked.routed.model,
+            computes=asked.is_inference,
+            now=trio.current_time(),
+        )
+        return None if refusal is None else _refused(refusal)
 
     # Reading
 
@@ -244,7 +280,7 @@ class _Request:
             self._id,
             known,
             rest,
-            without=frozenset(),
+            without=_KEY_FIELDS if self._settings.client_keys else frozenset(),
             keep_limit=self._settings.limits.body_bytes if self._keep_more(rest) else 0,
         )
         return Asked(
@@ -442,6 +478,10 @@ def render(
     if close:
         head.append(b"connection: close")
     return b"\r\n".join(head) + b"\r\n\r\n" + (b"" if is_head else body)
+
+
+def _refused(refusal: KeyRefusal) -> Answer:
+    return Answer(refusal.status, refusal.message, refusal.code, retry_after=refusal.retry_after)
 
 
 def _unserved(exc: NoCandidate) -> Answer:
