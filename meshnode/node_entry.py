@@ -14,7 +14,7 @@ from meshnode.http.gateway.access import Access
 from meshnode.http.gateway.choice import Aim, ModelChooser
 from meshnode.http.gateway.listing import Listing
 from meshnode.http.gateway.server import Gateway, GatewaySettings
-from meshnode.http.unavailable import answer_unavailable
+from meshnode.http.unavailable import looks_like_http, refuse
 from meshnode.metrics import Metrics
 from meshnode.net.federation_entry import EntryPoint, EntrySettings
 from meshnode.net.member import Member
@@ -41,11 +41,12 @@ def build_entry(
         return EntryPoint(
             member.router,
             member.upstreams,
+            member.queue,
             choose_service=choose_service,
-            refuse=answer_unavailable,
+            refuse=refuse,
             metrics=metrics,
             wall_time=wall_time,
-            settings=EntrySettings(target=config.target),
+            settings=EntrySettings(target=config.target, may_repeat=looks_like_http),
         )
     return Gateway(
         ModelChooser(

@@ -14,6 +14,8 @@ from enum import Enum
 import h11
 import trio
 
+from meshnode.net.federation_entry import Refusal
+
 # Longer than any patient upload on a LAN; after it the answer is sent whatever is still missing.
 REQUEST_LIMIT = 10.0  # seconds
 # A prompt with images is some MiB. What goes beyond is drained, but not waited for to its end.
@@ -38,23 +40,46 @@ class _Speaks(Enum):
     UNKNOWN = "unknown"  # too little came to tell
 
 
-async def answer_unavailable(stream: trio.abc.HalfCloseableStream, reason: str = "") -> None:
+def looks_like_http(first: bytes) -> bool:
+    """Say whether a connection that begins with these bytes speaks HTTP/1."""
+    return _judge(first.lstrip(b"\r\n")) is _Speaks.HTTP
+
+
+async def refuse(stream: trio.abc.HalfCloseableStream, refusal: Refusal) -> None:
+    """Answer a client of the entry point that nobody can serve; see ``answer_unavailable``."""
+    await answer_unavailable(
+        stream,
+        refusal.reason,
+        retry_after=refusal.retry_after or RETRY_AFTER,
+        already_read=refusal.already_read,
+    )
+
+
+async def answer_unavailable(
+    stream: trio.abc.HalfCloseableStream,
+    reason: str = "",
+    *,
+    retry_after: int = RETRY_AFTER,
+    already_read: bytes = b"",
+) -> None:
     """Answer the client's request with 503 and close; never raises for what the client does.
 
     Args:
-        stream: the client's connection, of which nothing was read yet; closed at the end.
+        stream: the client's connection; closed at the end.
         reason: why, for people; goes into the header ``X-Meshnode-Reason``.
+        retry_after: seconds, for the header ``Retry-After``.
+        already_read: what was read of the request before.
     """
     try:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            method = await _read_request(stream)
+            method = await _read_request(stream, already_read)
             if method is not None:
-                await _answer_and_drain(stream, _answer(method, reason))
+                await _answer_and_drain(stream, _answer(method, reason, retry_after))
     finally:
         await trio.aclose_forcefully(stream)
 
 
-async def _read_request(stream: trio.abc.HalfCloseableStream) -> bytes | None:
+async def _read_request(stream: trio.abc.HalfCloseableStream, already_read: bytes) -> bytes | None:
     """Return the method of the request once it is read; None if it is none."""
     opening = _Opening()
     body_length = 0
@@ -62,7 +87,8 @@ async def _read_request(stream: trio.abc.HalfCloseableStream) -> bytes | None:
     method = b"GET"
     with trio.move_on_after(REQUEST_LIMIT):
         while body_length < REQUEST_BYTES:
-            data = await stream.receive_some(_CHUNK)
+            data = already_read or await stream.receive_some(_CHUNK)
+            already_read = b""
             if opening.feed(data) is _Speaks.OTHER or (not data and not opening.is_http):
                 return None
             body_length += len(data)
@@ -124,12 +150,12 @@ def _events(parser: h11.Connection) -> list[object]:
             return events
 
 
-def _answer(method: bytes, reason: str) -> bytes:
+def _answer(method: bytes, reason: str, retry_after: int) -> bytes:
     lines = [
         b"HTTP/1.1 503 Service Unavailable",
         b"Content-Type: text/html; charset=utf-8",
         b"Content-Length: %d" % len(_PAGE),
-        b"Retry-After: %d" % RETRY_AFTER,
+        b"Retry-After: %d" % retry_after,
         b"Connection: close",
     ]
     if reason:

@@ -1,22 +1,26 @@
 """Clients in: each TCP connection gets the best peer, and another one if that fails in time.
 
-The law here: until the first byte moves, a peer that fails costs the client nothing but time;
-after it, a failure resets the client's connection, so that a cut answer never looks whole.
+The law here: until a byte was sent to a peer, one that fails costs the client nothing but time.
+Until a byte of the answer moves, that holds too for what may be repeated (HTTP, by default) and is
+not longer than what is kept of it. After that a failure resets the client's connection, so that a
+cut answer never looks whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 import trio
 
 from meshnode.core.lease import Lease
 from meshnode.core.router import Router
-from meshnode.errors import NoCandidate
+from meshnode.errors import AllFull, NoCandidate, Overloaded
 from meshnode.metrics import Metrics
+from meshnode.net.held_client import HeldClient
+from meshnode.net.lease_queue import LeaseQueue
 from meshnode.net.mesh import ByteStream
 from meshnode.net.splice import IDLE_TIMEOUT, SpliceEnd, SpliceOutcome, splice
 from meshnode.net.tcp_stream import TcpStream
@@ -29,8 +33,24 @@ MAX_CLIENTS = 4096
 
 log = structlog.get_logger(__name__)
 
-# Answers a client that nobody can serve, given why, and closes its connection.
-Refuse = Callable[[trio.SocketStream, str], Awaitable[None]]
+# Most answers begin sooner; a peer that has served nobody yet is not waited for any longer while
+# there is another.
+FIRST_BYTE_TIMEOUT = 30.0  # seconds
+# What the peer says of itself, and no failure: the client keeps its place and asks another.
+_NO_FAILURES = frozenset({"busy", "draining"})
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What to tell a client that nobody can serve."""
+
+    reason: str  # for people
+    retry_after: int | None = None  # seconds after which asking again may help; None: who knows
+    already_read: bytes = b""  # what the client sent so far
+
+
+# Answers a client that nobody can serve, and closes its connection.
+Refuse = Callable[[trio.SocketStream, Refusal], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +60,10 @@ class EntrySettings:
     target: str | None = None  # a peer ID or name; nobody else serves then
     max_clients: int = MAX_CLIENTS
     idle_timeout: float = IDLE_TIMEOUT  # seconds
+    first_byte_timeout: float = FIRST_BYTE_TIMEOUT  # seconds; for peers that served nobody yet
+    # Whether a second peer may get these first bytes after a first one had them; an unknown
+    # protocol's request may do something that must not be done twice.
+    may_repeat: Callable[[bytes], bool] = lambda _: False
 
 
 @dataclass(slots=True)
@@ -47,10 +71,16 @@ class _Client:
     """One connection from accept to close."""
 
     socket: trio.SocketStream
-    stream: TcpStream
+    held: HeldClient
     service_id: str
     accepted_at: float
-    tried: dict[str, str]  # peer ID -> why it was given up
+    tried: dict[str, str] = field(default_factory=dict)  # peer ID -> how it failed
+    asked: int = 0  # peers that did not serve, those included that were only busy
+    waiting_since: float | None = None  # when somebody was busy first
+
+
+class _ClientGoneError(Exception):
+    """The client went away while it waited for a peer."""
 
 
 class EntryPoint:
@@ -66,6 +96,7 @@ class EntryPoint:
         self,
         router: Router,
         upstreams: Upstreams,
+        queue: LeaseQueue,
         *,
         choose_service: Callable[[], str],
         refuse: Refuse,
@@ -75,6 +106,7 @@ class EntryPoint:
     ) -> None:
         self._router = router
         self._upstreams = upstreams
+        self._queue = queue
         self._choose_service = choose_service
         self._refuse = refuse
         self._metrics = metrics
@@ -110,9 +142,10 @@ class EntryPoint:
 
     async def _serve(self, socket: trio.SocketStream, stream: TcpStream) -> str:
         """Try peers until one serves; return the outcome for the metric."""
+        held = HeldClient(stream, may_repeat=self._settings.may_repeat)
         try:
-            client = _Client(socket, stream, self._choose_service(), trio.current_time(), {})
-            for _ in range(MAX_ATTEMPTS):
+            client = _Client(socket, held, self._choose_service(), trio.current_time())
+            while len(client.tried) < MAX_ATTEMPTS:
                 outcome = await self._attempt(client)
                 if outcome is not None:
                     return outcome
@@ -121,9 +154,12 @@ class EntryPoint:
                 f"{len(client.tried)} peers offer {client.service_id!r}, "
                 f"but none served this request: {reasons}"
             )
+        except _ClientGoneError:
+            return "client_gone"
         except NoCandidate as exc:
             log.info("client_refused", error=str(exc))
-            await self._refuse(socket, str(exc))
+            retry_after = exc.retry_after if isinstance(exc, Overloaded) else None
+            await self._refuse(socket, Refusal(str(exc), retry_after, held.kept))
             return "unserved"
 
     async def _attempt(self, client: _Client) -> str | None:
@@ -132,51 +168,104 @@ class EntryPoint:
         Raises:
             NoCandidate: no untried peer can serve.
         """
-        picked_at = trio.current_time()
         with ExitStack() as holding:
-            lease = holding.enter_context(
-                self._router.lease(
-                    now=picked_at,
-                    wall_time=self._wall_time(),
-                    service_id=client.service_id,
-                    target=self._settings.target,
-                    exclude=tuple(client.tried),
-                    attempt=len(client.tried) + 1,
-                )
-            )
+            lease = holding.enter_context(await self._lease(client))
+            picked_at, retries = trio.current_time(), client.asked
             self._metrics.routing_decisions.labels(tier=lease.decision.tier).inc()
-            retries = len(client.tried)
             try:
                 upstream = await self._upstreams.open(lease, holding)
+                opened_in = trio.current_time() - picked_at
+                word = outcome = await self._carry(client, upstream, lease, opened_in)
             except AttemptError as exc:
                 lease.failed(exc.reason, now=trio.current_time())
                 self._give_up(client, lease, exc)
-                outcome = None
-            else:
-                opened_in = trio.current_time() - picked_at
-                outcome = (await self._carry(client, upstream, lease, opened_in)).outcome.value
-            lease.settle(
-                outcome or client.tried[lease.peer_id],
-                duration=trio.current_time() - picked_at,
-                retries=retries,
-            )
+                word, outcome = exc.reason, None
+            lease.settle(word, duration=trio.current_time() - picked_at, retries=retries)
         return outcome
 
     def _give_up(self, client: _Client, lease: Lease, failure: AttemptError) -> None:
-        client.tried[lease.peer_id] = failure.reason
+        client.asked += 1
+        if failure.reason not in _NO_FAILURES:
+            client.tried[lease.peer_id] = failure.reason
+        elif client.waiting_since is None:
+            client.waiting_since = trio.current_time()
         self._metrics.retries.labels(reason=failure.reason).inc()
         log.info(
             "peer_given_up",
             peer_id=lease.peer_id,
             service=client.service_id,
-            attempt=len(client.tried),
+            attempt=client.asked,
             reason=failure.reason,
             error=str(failure),
         )
 
+    # A lease, at once or after waiting
+
+    async def _lease(self, client: _Client) -> Lease:
+        """Return a lease for the client, waiting while all who could serve it are full.
+
+        Raises:
+            NoCandidate: nobody can serve it, or none had room in time.
+        """
+
+        def try_lease() -> Lease:
+            return self._router.lease(
+                now=trio.current_time(),
+                wall_time=self._wall_time(),
+                service_id=client.service_id,
+                target=self._settings.target,
+                exclude=tuple(client.tried),
+                attempt=client.asked + 1,
+                is_retry=bool(client.tried),
+            )
+
+        key = (client.service_id, self._settings.target, frozenset(client.tried))
+        try:
+            if client.waiting_since is None:
+                return self._queue.lease_now(try_lease, key=key)
+        except AllFull:
+            client.waiting_since = trio.current_time()
+        return await self._wait(client, try_lease, key)
+
+    async def _wait(self, client: _Client, try_lease: Callable[[], Lease], key: Hashable) -> Lease:
+        lease: Lease | None = None
+        refusal: NoCandidate | None = None
+        is_gone = trio.Event()
+
+        async def watch() -> None:
+            await client.held.wait_gone()
+            is_gone.set()
+            nursery.cancel_scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch)
+                try:
+                    lease = await self._queue.lease(try_lease, key=key, since=client.waiting_since)
+                except NoCandidate as exc:
+                    refusal = exc
+                nursery.cancel_scope.cancel()
+            if is_gone.is_set():
+                raise _ClientGoneError
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        if lease is None:
+            assert refusal is not None
+            raise refusal
+        return lease
+
+    # The bytes
+
     async def _carry(
         self, client: _Client, upstream: ByteStream, lease: Lease, opened_in: float
-    ) -> SpliceEnd:
+    ) -> str:
+        """Carry the client's connection to its end; return the outcome.
+
+        Raises:
+            AttemptError: the peer failed, and another one may be asked instead.
+        """
         opened_at = trio.current_time()
         self._metrics.tunnel_open_seconds.observe(opened_at - client.accepted_at)
         # Accepting a tunnel is no service yet: what counts is that an answer begins.
@@ -185,30 +274,77 @@ class EntryPoint:
             client.accepted_at,
             on_first_byte=lambda: lease.succeeded(opened_in, now=trio.current_time()),
         )
-        end = await splice(
-            client.stream,
-            upstream,
-            count_to_upstream=counts.to_service,
-            count_to_client=counts.to_client,
-            idle_timeout=self._settings.idle_timeout,
-        )
-        if end.outcome is SpliceOutcome.UPSTREAM_CUT:
-            lease.failed("cut", now=trio.current_time())
+        end = await self._splice(client, upstream, lease, counts)
+        outcome, error = end.outcome.value, end.error
+        failure = None
+        if client.held.ended_empty:
+            failure = "empty"
+        elif end is _STALLED:
+            failure = "stalled"
+        elif end.outcome is SpliceOutcome.UPSTREAM_CUT:
+            failure = "cut"
         log.debug(
             "tunnel_ended",
             role="entry",
             peer_id=lease.peer_id,
             service=client.service_id,
-            outcome=end.outcome.value,
-            error=end.error,
+            outcome=failure or outcome,
+            error=error,
             duration_s=round(trio.current_time() - opened_at, 3),
             bytes_in=counts.bytes_to_client,
             bytes_out=counts.bytes_to_service,
         )
+        if failure is None:
+            return outcome
+        lease.failed(failure, now=trio.current_time())
+        if not client.held.can_be_handed_on:
+            return outcome
+        client.held.rewind()
+        raise AttemptError(failure, error or failure, is_untouched=False)
+
+    async def _splice(
+        self, client: _Client, upstream: ByteStream, lease: Lease, counts: _ByteCounts
+    ) -> SpliceEnd:
+        async with trio.open_nursery() as nursery:
+            end = _STALLED
+            circuit = self._router.circuit(lease.peer_id, lease.service_id)
+            if circuit is None or not circuit.successes or lease.is_trial:
+                nursery.start_soon(self._watch_first_byte, client, lease, nursery.cancel_scope)
+            end = await splice(
+                client.held,
+                upstream,
+                count_to_upstream=counts.to_service,
+                count_to_client=counts.to_client,
+                idle_timeout=self._settings.idle_timeout,
+            )
+            nursery.cancel_scope.cancel()
         return end
+
+    async def _watch_first_byte(
+        self, client: _Client, lease: Lease, tunnel: trio.CancelScope
+    ) -> None:
+        """Give up a peer that says nothing and has served nobody yet, if there is another."""
+        await client.held.passed_on.wait()
+        await trio.sleep(self._settings.first_byte_timeout)
+        if not client.held.can_be_handed_on or len(client.tried) + 1 >= MAX_ATTEMPTS:
+            return
+        try:
+            self._router.explain(
+                now=trio.current_time(),
+                service_id=client.service_id,
+                target=self._settings.target,
+                exclude=(*client.tried, lease.peer_id),
+            )
+        except NoCandidate:
+            return  # it may only be slow, and a slow answer is better than none
+        tunnel.cancel()
 
     def _count(self, outcome: str) -> None:
         self._metrics.tunnels.labels(role="entry", outcome=outcome).inc()
+
+
+# A peer that was given up before it said anything.
+_STALLED = SpliceEnd(SpliceOutcome.UPSTREAM_CUT, "nothing was answered, and others could")
 
 
 class _ByteCounts:

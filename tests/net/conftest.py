@@ -18,9 +18,10 @@ from meshnode.core.router import Router
 from meshnode.errors import TokenRefused
 from meshnode.metrics import Metrics
 from meshnode.net.ejections import tell_ejection
-from meshnode.net.federation_entry import EntryPoint, EntrySettings, choose_service
+from meshnode.net.federation_entry import EntryPoint, EntrySettings, Refusal, choose_service
 from meshnode.net.federation_exit import ExitPoint
 from meshnode.net.gossip import Announcer, Hearer, announce_topic
+from meshnode.net.lease_queue import LeaseQueue
 from meshnode.net.ledger_sync import LedgerSync
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import ephemeral_identity
@@ -49,6 +50,7 @@ class Node:
         start_seq: int = 1,
         known: KnownPeers | None = None,
         targets: LinkTargets = DEFAULT_TARGETS,
+        queue: dict[str, float] | None = None,
     ) -> None:
         rng = random.Random(name)
         self.mesh = mesh
@@ -60,6 +62,8 @@ class Node:
         self.refused: list[str] = []  # why clients were turned away
         self.ledger = Ledger(mesh.peer_id)
         self.router = Router(self.ledger, self_id=mesh.peer_id, policy="vram", rng=rng)
+        self.queue = LeaseQueue(metrics=self.metrics, **(queue or {}))  # type: ignore[arg-type]
+        self.router.watch(lambda _: self.queue.wake())
         self.router.on_ejection(partial(tell_ejection, self.metrics))
         self.services = LocalServices(services, metrics=self.metrics)
         self.hearer = Hearer(
@@ -155,8 +159,8 @@ class Node:
         return {link.peer_id for link in self.mesh.links()}
 
     def entry(self, settings: EntrySettings | None = None) -> EntryPoint:
-        async def refuse(stream: trio.SocketStream, reason: str) -> None:
-            self.refused.append(reason)
+        async def refuse(stream: trio.SocketStream, refusal: Refusal) -> None:
+            self.refused.append(refusal.reason)
             async with stream:
                 async for _ in stream:
                     pass
@@ -164,6 +168,7 @@ class Node:
         return EntryPoint(
             self.router,
             self.upstreams,
+            self.queue,
             choose_service=lambda: choose_service(
                 None, self.ledger.services_online(trio.current_time())
             ),
