@@ -26,6 +26,7 @@ class TcpStream:
     def __init__(self, stream: trio.SocketStream) -> None:
         self.on_data: Callable[[], None] | None = None  # called whenever something came
         self._stream = stream
+        self._is_broken = False  # sending failed
         self._more_waits = False  # the last read took as much as it might
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
@@ -41,6 +42,10 @@ class TcpStream:
                 except BlockingIOError:
                     await trio.lowlevel.wait_readable(self._fd())
                 else:
+                    if not data and self._is_broken:
+                        # The kernel tells of a reset once. If it told whoever was sending, a
+                        # reader sees an end, and a cut answer would look whole.
+                        raise StreamReset("the connection broke while sending")
                     self._more_waits = len(data) == max_bytes
                     if data and self.on_data is not None:
                         self.on_data()
@@ -62,6 +67,7 @@ class TcpStream:
         except trio.ClosedResourceError as exc:
             raise StreamClosed("this side already closed the connection") from exc
         except OSError as exc:
+            self._is_broken = True
             raise StreamReset(f"the connection broke: {exc}") from exc
 
     async def _send_slowly(self, left: memoryview) -> None:
