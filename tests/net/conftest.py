@@ -18,7 +18,7 @@ from meshnode.core.router import Router
 from meshnode.errors import TokenRefused
 from meshnode.metrics import Metrics
 from meshnode.net.ejections import tell_ejection
-from meshnode.net.federation_entry import EntryPoint, EntrySettings, Refusal, choose_service
+from meshnode.net.federation_entry import EntryPoint, EntrySettings, Refusal, Refuse, choose_service
 from meshnode.net.federation_exit import ExitPoint
 from meshnode.net.gossip import Announcer, Hearer, announce_topic
 from meshnode.net.lease_queue import LeaseQueue
@@ -158,8 +158,10 @@ class Node:
     def linked(self) -> set[str]:
         return {link.peer_id for link in self.mesh.links()}
 
-    def entry(self, settings: EntrySettings | None = None) -> EntryPoint:
-        async def refuse(stream: trio.SocketStream, refusal: Refusal) -> None:
+    def entry(
+        self, settings: EntrySettings | None = None, refuse: Refuse | None = None
+    ) -> EntryPoint:
+        async def note_refusal(stream: trio.SocketStream, refusal: Refusal) -> None:
             self.refused.append(refusal.reason)
             async with stream:
                 async for _ in stream:
@@ -172,7 +174,7 @@ class Node:
             choose_service=lambda: choose_service(
                 None, self.ledger.services_online(trio.current_time())
             ),
-            refuse=refuse,
+            refuse=refuse or note_refusal,
             metrics=self.metrics,
             wall_time=lambda: 0.0,
             settings=settings or EntrySettings(),
@@ -312,3 +314,57 @@ async def _running(
                 await mesh.dial(earlier.addrs[0], timeout=5)
         yield
         nursery.cancel_scope.cancel()
+
+
+@pytest.fixture(params=["memory", "libp2p"])
+def any_node(request: pytest.FixtureRequest) -> MakeNode:
+    kind = {"memory": "make_node", "libp2p": "make_libp2p_node"}[request.param]
+    return request.getfixturevalue(kind)
+
+
+@pytest.fixture
+def link(start, wait_until):
+    """Start nodes and link them, the first with each; wait until the first knows all."""
+
+    async def link(first, *others):
+        await start(first, *others)
+        for other in others:
+            await other.mesh.dial(first.mesh.addrs[0], timeout=5)
+        names = {node.name for node in (first, *others)}
+        await wait_until(lambda: first.online() == names, within=10)
+
+    return link
+
+
+@pytest.fixture
+def backend(nursery):
+    """Serve TCP on loopback with a handler; return the port."""
+
+    async def backend(handler):
+        async def guarded(stream):
+            async with stream:
+                try:
+                    await handler(stream)
+                except trio.BrokenResourceError:
+                    guarded.broken.set()
+
+        guarded.broken = handler_broken = trio.Event()
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, guarded, listeners)
+        backend.broken = handler_broken
+        return listeners[0].socket.getsockname()[1]
+
+    return backend
+
+
+@pytest.fixture
+def proxy(nursery):
+    """Put an entry point before a node; return a function that connects a client to it."""
+
+    async def proxy(node, settings=None, refuse=None):
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        entry = node.entry(settings, refuse)
+        nursery.start_soon(entry.serve_forever, listeners)
+        return partial(trio.open_tcp_stream, "127.0.0.1", listeners[0].socket.getsockname()[1])
+
+    return proxy

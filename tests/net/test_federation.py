@@ -6,7 +6,6 @@ import hashlib
 import socket
 import struct
 from contextlib import ExitStack
-from functools import partial
 
 import pytest
 import trio
@@ -18,60 +17,6 @@ from meshnode.net.federation_entry import EntrySettings
 from meshnode.net.local_services import LocalService
 
 LIMIT = 20.0  # seconds, for one test
-
-
-@pytest.fixture(params=["memory", "libp2p"])
-def any_node(request):
-    kind = {"memory": "make_node", "libp2p": "make_libp2p_node"}[request.param]
-    return request.getfixturevalue(kind)
-
-
-@pytest.fixture
-def link(start, wait_until):
-    """Start nodes and link them, the first with each; wait until the first knows all."""
-
-    async def link(first, *others):
-        await start(first, *others)
-        for other in others:
-            await other.mesh.dial(first.mesh.addrs[0], timeout=5)
-        names = {node.name for node in (first, *others)}
-        await wait_until(lambda: first.online() == names, within=10)
-
-    return link
-
-
-@pytest.fixture
-def backend(nursery):
-    """Serve TCP on loopback with a handler; return the port."""
-
-    async def backend(handler):
-        async def guarded(stream):
-            async with stream:
-                try:
-                    await handler(stream)
-                except trio.BrokenResourceError:
-                    guarded.broken.set()
-
-        guarded.broken = handler_broken = trio.Event()
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        nursery.start_soon(trio.serve_listeners, guarded, listeners)
-        backend.broken = handler_broken
-        return listeners[0].socket.getsockname()[1]
-
-    return backend
-
-
-@pytest.fixture
-def proxy(nursery):
-    """Put an entry point before a node; return a function that connects a client to it."""
-
-    async def proxy(node, settings=None):
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        entry = node.entry(settings)
-        nursery.start_soon(entry.serve_forever, listeners)
-        return partial(trio.open_tcp_stream, "127.0.0.1", listeners[0].socket.getsockname()[1])
-
-    return proxy
 
 
 async def echo(stream):
