@@ -20,7 +20,7 @@ from meshnode.gpu.monitor import GpuMonitor
 from meshnode.http import localai, views
 from meshnode.http.events import Feed
 from meshnode.http.traffic import Traffic
-from meshnode.http.unavailable import answer_unavailable
+from meshnode.http.unavailable import looks_like_http, refuse
 from meshnode.metrics import Metrics
 from meshnode.net.federation_entry import EntryPoint, EntrySettings, choose_service
 from meshnode.net.forwards import Carrier, Forwards
@@ -163,11 +163,12 @@ class LiveView:
         return EntryPoint(
             self._member.router,
             self._member.upstreams,
+            self._member.queue,
             choose_service=lambda: service_id,
-            refuse=answer_unavailable,
+            refuse=refuse,
             metrics=self._metrics,
             wall_time=time.time,
-            settings=EntrySettings(target=peer_id),
+            settings=EntrySettings(target=peer_id, may_repeat=looks_like_http),
         )
 
     # Questions

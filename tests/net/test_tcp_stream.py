@@ -19,10 +19,9 @@ async def test_a_reset_that_was_noticed_while_sending_is_no_clean_end_to_the_rea
         theirs = await listener.accept()
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         theirs.socket.close()
-        await ours.send_all(b"more")
-        await trio.sleep(0.05)
+        await trio.lowlevel.wait_readable(ours._fd())  # the reset is here
         with pytest.raises(StreamReset):
-            await ours.send_all(b"and more")
+            await ours.send_all(b"more")
         with pytest.raises(StreamReset):
             await ours.receive_some()
         ours.reset()
