@@ -1,101 +1,90 @@
-"""In which order a peer's addresses are tried, and for how long: on virtual time."""
+"""How soon a peer is dialled again, and at which of its addresses."""
 
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import trio
 
 from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
-from meshnode.core.node_data import NodeData
 from meshnode.errors import PeerUnreachable
-from meshnode.net.dialler import Dialler
-from meshnode.net.mesh import Link
-
-DIRECT = ("/ip4/10.0.0.1/tcp/1/p2p/host", "/ip4/10.0.0.2/tcp/1/p2p/host")
-RELAYED = "/ip4/192.0.2.1/tcp/1/p2p/relay/p2p-circuit/p2p/host"
+from meshnode.net.dialler import FIRST_RETRY, LAST_RETRY, Backoff, Dialler
+from meshnode.net.memory_mesh import MemoryMesh
 
 
-class FakeMesh:
-    """Answers at some addresses, hangs at the others."""
+def test_each_wait_is_about_twice_the_last_up_to_half_a_minute_and_a_reset_begins_anew() -> None:
+    backoff = Backoff(random.Random(1))
+    expected = FIRST_RETRY
+    for _ in range(12):
+        assert expected / 2 <= backoff.after_failure() <= expected
+        expected = min(2 * expected, LAST_RETRY)
+    backoff.reset()
+    assert backoff.after_failure() <= FIRST_RETRY
 
-    peer_id = "me"
 
-    def __init__(self, *answering: str) -> None:
-        self.answering = set(answering)
-        self.tried: list[tuple[float, str]] = []
-        self.up: dict[str, Link] = {}
+def test_two_that_lost_the_same_peer_do_not_come_back_in_step() -> None:
+    one, other = (Backoff(random.Random(seed)) for seed in (1, 2))
+    assert all(one.after_failure() != other.after_failure() for _ in range(8))
 
-    def links(self) -> tuple[Link, ...]:
-        return tuple(self.up.values())
+
+class Dials(MemoryMesh):
+    """A mesh that notes when which address was dialled."""
+
+    dialled: list[tuple[float, str]]
 
     async def dial(self, addr: str, *, timeout: float) -> str:
-        self.tried.append((trio.current_time(), addr))
-        if addr not in self.answering:
-            await trio.sleep(timeout)
-            raise PeerUnreachable("it hangs")
-        via = "relay" if "circuit" in addr else None
-        self.up["host"] = Link("host", None, True, 0.0, 0.0, None, via=via)
-        return "host"
-
-    def addrs_tried(self) -> list[str]:
-        return [addr for _, addr in self.tried]
+        self.dialled.append((trio.current_time(), addr))
+        return await super().dial(addr, timeout=timeout)
 
 
-def dialler_for(mesh: FakeMesh, *addrs: str) -> Dialler:
-    ledger = Ledger("me")
-    ledger.observe(NodeData(id="host", seq=1, addrs=addrs), now=trio.current_time())
-    return Dialler(mesh, ledger, KnownPeers(), random.Random(1))
+def dialler_of(network, name: str = "me") -> tuple[Dialler, Dials, KnownPeers]:
+    mesh = network.node(name)
+    mesh.__class__ = Dials
+    mesh.dialled = []
+    known = KnownPeers()
+    return Dialler(mesh, Ledger(mesh.peer_id), known, random.Random(1)), mesh, known
 
 
-async def test_a_direct_address_is_tried_before_a_relay_wherever_it_stands(autojump_clock):
-    mesh = FakeMesh(DIRECT[1], RELAYED)
-    await dialler_for(mesh, RELAYED, DIRECT[1]).connect("host")
-    assert mesh.addrs_tried() == [DIRECT[1]]
-    assert mesh.up["host"].via is None
+async def test_a_peer_that_fails_is_left_alone_for_longer_and_longer(network, autojump_clock):
+    dialler, mesh, known = dialler_of(network)
+    gone = network.node("gone")
+    known.note(gone.peer_id, (f"{gone.transport_addr}/p2p/{gone.peer_id}",))
+    while trio.current_time() < mesh_start(mesh) + 120:
+        if dialler.may_try(gone.peer_id, trio.current_time()):
+            with pytest.raises(PeerUnreachable):
+                await dialler.connect(gone.peer_id)
+        await trio.sleep(0.05)
+    times = [at for at, _ in mesh.dialled]
+    gaps = [later - sooner for sooner, later in pairwise(times)]
+    assert 8 <= len(times) <= 16
+    assert gaps[0] < 0.5
+    assert min(gaps[-2:]) > 10
 
 
-@pytest.mark.parametrize("timeout", [1.0, 3.0])
-async def test_addresses_that_hang_leave_time_for_the_relay(autojump_clock, timeout):
-    mesh = FakeMesh(RELAYED)
-    await dialler_for(mesh, *DIRECT, RELAYED).connect("host", timeout=timeout)
-    assert mesh.up["host"].via == "relay"
-    assert mesh.tried[-1][0] - mesh.tried[0][0] == pytest.approx(timeout / 2)
+def mesh_start(mesh: Dials) -> float:
+    return mesh.dialled[0][0] if mesh.dialled else trio.current_time()
 
 
-async def test_what_hung_a_moment_ago_is_not_waited_for_again(autojump_clock):
-    mesh = FakeMesh(RELAYED)
-    dialler = dialler_for(mesh, *DIRECT, RELAYED)
-    await dialler.connect("host")
-    mesh.up.clear()
-    mesh.tried.clear()
-    await dialler.connect("host", timeout=1.0)
-    assert mesh.addrs_tried() == [RELAYED]
-    mesh.up.clear()
-    mesh.tried.clear()
-    await trio.sleep(61)
-    await dialler.connect("host")
-    assert mesh.addrs_tried()[0] == DIRECT[0]
+async def test_the_address_that_worked_is_dialled_first_the_next_time(
+    network, nursery, autojump_clock
+):
+    dialler, mesh, known = dialler_of(network)
+    peer = network.node("peer")
+    await nursery.start(mesh.run_forever)
+    await nursery.start(peer.run_forever)
+    wrong = f"/ip4/10.99.99.99/tcp/1/p2p/{peer.peer_id}"
+    known.note(peer.peer_id, (wrong, peer.addrs[0]))
+    await dialler.connect(peer.peer_id)
+    assert [addr for _, addr in mesh.dialled] == [wrong, peer.addrs[0]]
+    # In the next life too: what did not work stands no longer.
+    assert known.addrs_of(peer.peer_id) == (peer.addrs[0],)
 
+    mesh.dialled.clear()
+    await mesh.disconnect(peer.peer_id, "a test")
+    await dialler.connect(peer.peer_id)
 
-async def test_without_a_relay_the_whole_time_is_for_direct_addresses(autojump_clock):
-    mesh = FakeMesh()
-    began = trio.current_time()
-    with pytest.raises(PeerUnreachable):
-        await dialler_for(mesh, *DIRECT).connect("host")
-    assert trio.current_time() - began == pytest.approx(3.0)
-
-
-async def test_a_relayed_link_is_replaced_over_direct_addresses_alone(autojump_clock):
-    mesh = FakeMesh(RELAYED)
-    dialler = dialler_for(mesh, *DIRECT, RELAYED)
-    await dialler.connect("host")
-    mesh.tried.clear()
-    with pytest.raises(PeerUnreachable):
-        await dialler.connect_directly("host", timeout=6.0)
-    assert mesh.addrs_tried() == list(DIRECT)
-    mesh.answering.add(DIRECT[1])
-    await dialler.connect_directly("host", timeout=6.0)
-    assert mesh.up["host"].via is None
+    assert [addr for _, addr in mesh.dialled] == [peer.addrs[0]]
+    nursery.cancel_scope.cancel()

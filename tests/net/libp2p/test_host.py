@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 
 import pytest
 import trio
@@ -22,6 +23,7 @@ from meshnode.net.libp2p.identity import ephemeral_identity
 from meshnode.net.libp2p.limits import Limits
 from meshnode.net.libp2p.muxer import YamuxStream
 from meshnode.net.mesh import LinkState, MeshStream, Verdict
+from support.pubsub_nodes import until
 
 ECHO = "/test/echo/1.0.0"
 
@@ -151,6 +153,35 @@ async def test_simultaneous_dials_leave_the_same_one_connection_on_both_sides(ma
                 assert await ask(two, one.peer_id, b"over the one") == b"over the one"
             assert [event.state for event in one.events] == [LinkState.UP, LinkState.DOWN]
             assert [event.state for event in two.events] == [LinkState.UP, LinkState.DOWN]
+
+
+async def test_fifty_times_two_dials_that_cross_in_every_way_leave_exactly_one_connection(
+    make_node, run_nodes
+):
+    rng = random.Random(1)
+    one, two = make_node(), make_node()
+    one.serve(ECHO, echo)
+
+    async def dial_after(pause: float, node, other) -> None:
+        await trio.sleep(pause)
+        await node.dial(other.addrs[0], timeout=3)
+
+    with trio.fail_after(60):
+        async with run_nodes(one, two, linked=False):
+            for _ in range(50):
+                # A handshake takes some 10 ms: the second meets the first in each of its steps.
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(dial_after, rng.uniform(0, 0.01), one, two)
+                    nursery.start_soon(dial_after, rng.uniform(0, 0.01), two, one)
+                # The loser may still be closing; none is ever a link.
+                await until(lambda: {len(n._swarm.all_conns) for n in (one, two)} == {1})
+                assert len(one.links()) == len(two.links()) == 1
+                assert one.links()[0].dialled != two.links()[0].dialled
+                assert await ask(two, one.peer_id, b"over the one") == b"over the one"
+                await one.disconnect(two.peer_id, "once more")
+                await until(lambda: not two.links())
+    assert [event.state for event in one.events] == [LinkState.UP, LinkState.DOWN] * 50
+    assert [event.state for event in two.events] == [LinkState.UP, LinkState.DOWN] * 50
 
 
 @pytest.mark.parametrize("hub_decides", [True, False])
