@@ -120,10 +120,12 @@ class TunnelExchange:
         self._over = True
         tunnel = self._tunnel
         try:
-            with trio.CancelScope(shield=True):  # it only queues two bytes
-                quiet = await tunnel.done()
+            quiet = await tunnel.done()
         except MeshError:
             return  # it died right after the answer, which is whole
+        except BaseException:
+            tunnel.reset()
+            raise
         if quiet and not self._kept.put(self._key, tunnel):
             await tunnel.aclose()
 

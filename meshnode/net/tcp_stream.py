@@ -70,6 +70,21 @@ class TcpStream:
             self._is_broken = True
             raise StreamReset(f"the connection broke: {exc}") from exc
 
+    def send_now(self, data: bytes) -> int:
+        """Send as much of ``data`` as there is room for, without waiting; return how much.
+
+        Raises:
+            StreamReset, StreamClosed: as ``send_all``.
+        """
+        try:
+            return os.write(self._fd(), data)
+        except BlockingIOError:
+            return 0
+        except trio.ClosedResourceError as exc:
+            raise StreamClosed("this side already closed the connection") from exc
+        except OSError as exc:
+            raise StreamReset(f"the connection broke: {exc}") from exc
+
     async def _send_slowly(self, left: memoryview) -> None:
         while left:
             await trio.lowlevel.wait_writable(self._fd())

@@ -34,6 +34,10 @@ from meshnode.net.tunnel_stream import TunnelBroken, TunnelRefused, TunnelStream
 OPEN_TIMEOUT = 3.0  # seconds
 
 
+# What can go wrong with a peer while it is asked.
+PEER_FAILURES = (PeerUnreachable, PeerRefused, StreamReset, trio.TooSlowError)
+
+
 class AttemptError(MeshnodeError):
     """This peer does not serve this client; ``reason`` is fit for a metric label.
 
@@ -136,22 +140,28 @@ class Upstreams:
         """
         try:
             yield
-        except TunnelRefused as exc:
-            raise AttemptError(exc.status, str(exc)) from exc
-        except trio.TooSlowError as exc:
-            error = f"no reply within {OPEN_TIMEOUT:g} s"
-            self._neighbours.report_unreachable(lease.peer_id, error)
-            raise AttemptError("timeout", error, is_untouched=is_untouched) from exc
-        except PeerUnreachable as exc:
-            self._neighbours.report_unreachable(lease.peer_id, str(exc))
-            raise AttemptError("unreachable", str(exc)) from exc
-        except PeerRefused as exc:
-            raise AttemptError("refused", str(exc)) from exc
-        except TunnelBroken as exc:
-            self._metrics.protocol_faults.labels(protocol="tunnel", code=exc.code).inc()
-            raise AttemptError("protocol_error", str(exc), is_untouched=is_untouched) from exc
-        except StreamReset as exc:
-            raise AttemptError("reset", str(exc), is_untouched=is_untouched) from exc
+        except PEER_FAILURES as exc:
+            raise self.failure(lease, exc, is_untouched=is_untouched) from exc
+
+    def failure(self, lease: Lease, exc: Exception, *, is_untouched: bool) -> AttemptError:
+        """Return what one of ``PEER_FAILURES`` means; arguments as of ``failures``."""
+        match exc:
+            case TunnelRefused():
+                return AttemptError(exc.status, str(exc))
+            case trio.TooSlowError():
+                error = f"no reply within {OPEN_TIMEOUT:g} s"
+                self._neighbours.report_unreachable(lease.peer_id, error)
+                return AttemptError("timeout", error, is_untouched=is_untouched)
+            case PeerUnreachable():
+                self._neighbours.report_unreachable(lease.peer_id, str(exc))
+                return AttemptError("unreachable", str(exc))
+            case PeerRefused():
+                return AttemptError("refused", str(exc))
+            case TunnelBroken():
+                self._metrics.protocol_faults.labels(protocol="tunnel", code=exc.code).inc()
+                return AttemptError("protocol_error", str(exc), is_untouched=is_untouched)
+            case _:
+                return AttemptError("reset", str(exc), is_untouched=is_untouched)
 
     # At a peer
 

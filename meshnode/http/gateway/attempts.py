@@ -28,7 +28,7 @@ from meshnode.http.gateway.heads import (
 )
 from meshnode.metrics import Metrics
 from meshnode.net.exchange import Exchange
-from meshnode.net.upstream import OPEN_TIMEOUT, AttemptError, Upstreams
+from meshnode.net.upstream import OPEN_TIMEOUT, PEER_FAILURES, AttemptError, Upstreams
 
 # Different peers tried for one request: a fourth would seldom fare better, and the client waits.
 MAX_ATTEMPTS = 3
@@ -207,19 +207,24 @@ class Attempts:
         self._count_decision(lease.decision.tier)
         exchange: Exchange | None = None
         uploading: Uploading | None = None
+        accepted_at: float | None = None
         try:
             fresh = not asked.may_repeat
             exchange = await self._upstreams.begin(lease, asked.first, fresh=fresh)
-            with self._upstreams.failures(lease, is_untouched=False):
-                with trio.fail_after(OPEN_TIMEOUT):
-                    await exchange.wait_accepted()
-                opened_in = trio.current_time() - picked_at
-                uploading = await self._start_upload(exchange)
-                with trio.move_on_after(self._first_byte_timeout) as waiting:
-                    head, body, first = await self._read_head(exchange)
+            # One scope for both waits: a deadline that moves costs less than another scope.
+            with trio.CancelScope(deadline=trio.current_time() + OPEN_TIMEOUT) as waiting:
+                await exchange.wait_accepted()
+                accepted_at = trio.current_time()
+                waiting.deadline = accepted_at + self._first_byte_timeout
+                if asked.upload is not None:
+                    uploading = await self._start_upload(asked.upload, exchange)
+                head, body, first = await self._read_head(exchange)
             if waiting.cancelled_caught:
-                raise FirstByteTimeout
-        except BaseException as exc:
+                raise trio.TooSlowError if accepted_at is None else FirstByteTimeout
+        except BaseException as failure:  # noqa: BLE001 - it is raised again, or what it means
+            exc: BaseException = failure
+            if isinstance(exc, PEER_FAILURES):
+                exc = self._upstreams.failure(lease, exc, is_untouched=False)
             if uploading is not None:
                 uploading.cancel()
             if exchange is not None:
@@ -231,14 +236,12 @@ class Attempts:
                 self._abandon(lease, exc, picked_at)
             if uploading is not None and uploading.fault is not None:
                 raise uploading.fault from exc
-            raise
-        lease.succeeded(opened_in, now=trio.current_time())
+            raise exc from failure.__cause__
+        assert accepted_at is not None
+        lease.succeeded(accepted_at - picked_at, now=trio.current_time())
         return Served(lease, exchange, head, body, first, uploading, picked_at, len(asked.tried))
 
-    async def _start_upload(self, exchange: Exchange) -> Uploading | None:
-        upload = self._asked.upload
-        if upload is None:
-            return None
+    async def _start_upload(self, upload: Upload, exchange: Exchange) -> Uploading:
         if self._asked.waits_for_continue:
             self._asked.waits_for_continue = False
             await self._client.send(b"HTTP/1.1 100 Continue\r\n\r\n")

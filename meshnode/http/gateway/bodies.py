@@ -41,6 +41,10 @@ class LengthBody:
         self.done = length == 0
         self.rest = b""
 
+    def is_in(self, size: int) -> bool:
+        """Whether ``size`` bytes hold all that is left of it, and that is something."""
+        return 0 < self._left <= size
+
     def feed(self, data: bytes) -> bytes:
         if len(data) < self._left:
             self._left -= len(data)

@@ -53,6 +53,11 @@ class Client:
         return self.scope is not None
 
     @property
+    def waiting(self) -> int:
+        """Bytes that came and were not read."""
+        return len(self._unread)
+
+    @property
     def has_unread(self) -> bool:
         """Whether bytes came that belong to no request yet."""
         return bool(self._unread)
@@ -101,6 +106,13 @@ class Client:
         """Send all of ``data``. Raises ClientGone."""
         try:
             await self.stream.send_all(data)
+        except (StreamReset, StreamClosed) as exc:
+            raise ClientGone from exc
+
+    def send_now(self, data: bytes) -> bytes:
+        """Send what the kernel takes without waiting; return what is left. Raises ClientGone."""
+        try:
+            return data[self.stream.send_now(data) :]
         except (StreamReset, StreamClosed) as exc:
             raise ClientGone from exc
 
@@ -180,6 +192,9 @@ class RequestBody:
             BadRequest: as ``read``, and 413 for more than ``limit`` bytes.
             ClientGone: the client cut the connection.
         """
+        whole = self._here(limit)
+        if whole is not None:
+            return whole
         pieces: list[bytes] = []
         size = 0
         with trio.move_on_after(self._client.limits.body_timeout):
@@ -190,3 +205,12 @@ class RequestBody:
                 pieces.append(piece)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         raise BadRequest(408, "the body took too long to come", "timeout")
+
+    def _here(self, limit: int) -> bytes | None:
+        """Return the body if all of it came with its head, as that of a small request does."""
+        framing = self._framing
+        if not isinstance(framing, LengthBody) or not framing.is_in(self._client.waiting):
+            return None
+        payload = framing.feed(self._client.take_unread())
+        self._client.unread(framing.rest)
+        return payload if len(payload) <= limit else None

@@ -73,6 +73,14 @@ class Delivery:
             ClientGone: the client went away.
         """
         served = self._served
+        if served.body.done and served.head.status != 101:
+            left = self._send_at_once()
+            if not left:
+                return await self._finish()
+            with trio.move_on_after(self._idle_timeout):
+                await self._client.send(left)
+                return await self._finish()
+            return await self._cut("idle", "the client does not read")
         with trio.move_on_after(self._idle_timeout) as idle:
             if served.head.status == 101:
                 return await self._upgrade(idle)
@@ -82,6 +90,18 @@ class Delivery:
                 return await self._cut("upstream_cut", str(exc))
             return await self._finish()
         return await self._cut("idle", f"nothing moved for {self._idle_timeout:g} s")
+
+    def _send_at_once(self) -> bytes:
+        """Send an answer that is here whole, as small ones are; return what found no room."""
+        self._closing = self._closes
+        payload, chunked = self._served.first, self._chunked
+        out = answer_for_client(self._served.head, self._ours, chunked=chunked, close=self._closing)
+        out += encode_chunk(payload) + LAST_CHUNK if chunked else payload
+        self._count(len(payload))
+        left = self._client.send_now(out)
+        if not left:
+            self._client.scope = None  # whoever leaves from here on has the whole answer
+        return left
 
     @property
     def _closes(self) -> bool:

@@ -78,6 +78,7 @@ async def test_a_peer_that_can_not_serve_costs_the_client_nothing(mesh, bad, rea
         assert answer.endswith(b"good")
         assert good.requests[0][1] == CHAT
         assert mesh.counted("retries_total", reason=reason) == 1
+        await until(lambda: mesh.front.router.own_total == 0)
         served, given_up = mesh.front.router.decisions()
         assert (given_up.outcome, served.outcome) == (reason, "complete")
         assert (served.attempt, served.retries) == (2, 1)
@@ -167,7 +168,7 @@ async def test_an_engine_that_does_not_begin_in_time_is_a_504_and_is_stopped(mes
         assert answer.startswith(b"HTTP/1.1 504 ")
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
         await engine.gone.wait()
-        assert mesh.front.router.decisions()[0].outcome == "timeout"
+        await until(lambda: mesh.front.router.decisions()[0].outcome == "timeout")
 
 
 async def test_a_kept_answer_that_is_longer_than_it_says_spoils_no_other(mesh):
@@ -209,7 +210,7 @@ async def test_a_cut_stream_of_events_says_so_and_does_not_look_whole(mesh):
         assert json.loads(event)["error"]["code"] == "upstream_cut"
         assert b"[DONE]" not in answer
         assert not answer.endswith(b"0\r\n\r\n")
-        assert mesh.front.router.decisions()[0].outcome == "upstream_cut"
+        await until(lambda: mesh.front.router.decisions()[0].outcome == "upstream_cut")
 
 
 async def test_a_cut_stream_of_anthropics_has_an_event_of_its_name(mesh):
@@ -272,7 +273,7 @@ async def test_an_answer_that_stops_is_cut_after_the_idle_limit(mesh):
         answer = await exchange(mesh, chat())
         assert b"nothing moved for 0.3 s" in answer
         await engine.gone.wait()
-        assert mesh.front.router.decisions()[0].outcome == "idle"
+        await until(lambda: mesh.front.router.decisions()[0].outcome == "idle")
 
 
 # The client goes away

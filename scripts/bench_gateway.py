@@ -1,0 +1,246 @@
+"""The HTTP gateway against its targets: an engine, a host, an entry node and a client on loopback.
+
+Engine and client are cheap by design (bench_http.py); the two nodes are ``meshnode up`` as a user
+starts it. All of them share this machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+CLIENT = [sys.executable, str(HERE / "bench_http.py")]
+READY_LIMIT = 30.0  # seconds
+CONNECTIONS = 32
+STREAMS = 200
+CANDIDATES = 1000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result."""
+
+    key: str
+    label: str
+    value: float | None
+    unit: str
+    target: str
+    note: str = ""
+
+
+def client(*args: object) -> dict[str, float]:
+    done = subprocess.run(
+        [*CLIENT, *map(str, args)], stdout=subprocess.PIPE, text=True, timeout=120, check=True
+    )
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
+
+
+@contextmanager
+def child(argv: list[str], **env: str) -> Iterator[dict[str, str]]:
+    """Run a child until the block is left; yields the one JSON line that it begins with."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("MESHNODE_")}
+    with subprocess.Popen(
+        argv,
+        env=clean | env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        try:
+            yield json.loads(process.stdout.readline())
+        finally:
+            process.stdin.close()
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def node(folder: str, token: str, name: str, *flags: str) -> tuple[list[str], dict[str, str]]:
+    argv = [sys.executable, "-m", "meshnode", "up", "--name", name, "--no-mdns"]
+    argv += ["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "127.0.0.1:0", "--log-format", "json"]
+    argv += ["--log-level", "warning", "--state-dir", f"{folder}/{name}", *flags]
+    return argv, {"MESHNODE_TOKEN": token}
+
+
+def wait_until_served(address: str) -> None:
+    deadline = time.monotonic() + READY_LIMIT
+    body = json.dumps({"model": "bench", "messages": []}).encode()
+    while True:
+        asked = urllib.request.Request(f"http://{address}/v1/chat/completions", data=body)
+        try:
+            with urllib.request.urlopen(asked, timeout=5):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise SystemExit("the entry node did not find the host in time") from None
+            time.sleep(0.1)
+
+
+@contextmanager
+def haproxy(engine: str, folder: str) -> Iterator[str | None]:
+    """Run HAProxy in TCP mode before the engine, where it is installed."""
+    program = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
+    if program is None:
+        yield None
+        return
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = Path(folder) / "haproxy.cfg"
+    config.write_text(
+        "defaults\n mode tcp\n timeout connect 3s\n timeout client 60s\n timeout server 60s\n"
+        f"listen l\n bind 127.0.0.1:{port}\n server s {engine}\n"
+    )
+    with subprocess.Popen(
+        [program, "-f", str(config), "-db"], stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            wait_until_served(f"127.0.0.1:{port}")
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def choosing() -> float:
+    """Return the median milliseconds of one choice among 1,000 peers that have the model."""
+    from meshnode.core.ledger import Ledger
+    from meshnode.core.model_router import ModelRequest, ModelRouter
+    from meshnode.core.node_data import NodeData, ServiceData
+    from meshnode.core.router import Router
+
+    ledger = Ledger("self")
+    rng = random.Random(1)
+    models = ModelRouter(Router(ledger, self_id="self", policy="vram", rng=rng), ledger, rng=rng)
+    service = ServiceData(service_id="llm", models=("bench",), loaded=("bench",))
+    for number in range(CANDIDATES):
+        vram = rng.randrange(80) * 2**30
+        peer = NodeData(id=f"peer{number}", services=(service,), available_vram=vram, seq=1)
+        ledger.observe(peer, now=0.0)
+    taken = []
+    prompt = "You are a helpful assistant. " * 40
+    for number in range(2000):
+        asked = ModelRequest(now=1.0, model="bench", prompt=f"{prompt}{number % 50}")
+        began = time.perf_counter()
+        lease = models.lease(asked)
+        taken.append(time.perf_counter() - began)
+        lease.release()
+    return statistics.median(taken) * 1000
+
+
+def measure(tell: Callable[[str], None], *, quick: bool) -> list[Row]:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        made = subprocess.run(
+            [sys.executable, "-m", "meshnode", "token", "new", "--network", "bench"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        token = made.stdout.strip()
+        engine = stack.enter_context(child([*CLIENT, "engine"]))["address"]
+        tell("starting two nodes")
+        argv, env = node(folder, token, "host", "--expose", f"llm={engine}", "--health", "llm=tcp")
+        host = stack.enter_context(child(argv, **env))
+        argv, env = node(
+            folder, token, "entry", "--proxy", "127.0.0.1:0", "--bootstrap", host["addrs"][0]
+        )
+        entry = stack.enter_context(child(argv, **env))["proxy"]
+        wait_until_served(entry)
+        rows = [added_latency(tell, engine, entry, 300 if quick else 1500)]
+        rows.append(throughput(tell, engine, entry, folder, 2 if quick else 6))
+        rows.append(events(tell, engine, entry, 100 if quick else 400))
+    tell(f"choosing among {CANDIDATES:,}")
+    rows.append(
+        Row("choosing_ms", f"choosing among {CANDIDATES:,} peers", choosing(), "ms", "≤ 0.3 ms")
+    )
+    return rows
+
+
+def added_latency(tell: Callable[[str], None], engine: str, entry: str, count: int) -> Row:
+    tell("small requests, one after another")
+    medians = client("latency", count, engine, entry)
+    note = f"{medians[entry]:.2f} ms, {medians[engine]:.2f} ms directly"
+    added = medians[entry] - medians[engine]
+    return Row(
+        "added_ms", "added latency of a small request, median", added, "ms", "≤ 1.5 ms", note
+    )
+
+
+def throughput(
+    tell: Callable[[str], None], engine: str, entry: str, folder: str, seconds: int
+) -> Row:
+    tell(f"{CONNECTIONS} connections at once")
+    ours = client("rate", CONNECTIONS, seconds, entry)["per_second"]
+    direct = client("rate", CONNECTIONS, seconds, engine)["per_second"]
+    note = f"directly {direct:,.0f}/s"
+    with haproxy(engine, folder) as address:
+        if address is None:
+            note += "; no HAProxy here"
+        else:
+            other = client("rate", CONNECTIONS, seconds, address)["per_second"]
+            note += f"; HAProxy in TCP mode {other:,.0f}/s, ratio {ours / other:.2f}"
+    return Row(
+        "per_second", f"requests/s, {CONNECTIONS} connections", ours, "/s", "≥ 2,500/s", note
+    )
+
+
+def events(tell: Callable[[str], None], engine: str, entry: str, chunks: int) -> Row:
+    tell(f"{STREAMS} streams of events")
+    direct = client("streams", STREAMS, chunks, engine)
+    ours = client("streams", STREAMS, chunks, entry)
+    note = (
+        f"{ours['events']:,.0f} events in order; p50 {ours['p50_ms']:.1f} ms, "
+        f"p99 {ours['p99_ms']:.1f} ms; directly p99 {direct['p99_ms']:.1f} ms"
+    )
+    added = ours["p99_ms"] - direct["p99_ms"]
+    label = f"{STREAMS} streams at 50 events/s, added p99"
+    return Row("event_p99_ms", label, added, "ms", "≤ 20 ms", note)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench gateway", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a third of the time, less exact")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args()
+    with Console(stderr=True).status("measuring") as status:
+        rows = measure(status.update, quick=options.quick)
+    if options.json:
+        print(json.dumps({"schema_version": 1, "rows": [vars(row) for row in rows]}))
+        return
+    out = Console()
+    out.print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
+    table = Table()
+    for column in ("", "measured", "target", "beside"):
+        table.add_column(column, justify="right" if column == "measured" else "left")
+    for row in rows:
+        shown = "–" if row.value is None else f"{row.value:,.2f} {row.unit}"
+        table.add_row(row.label, shown, row.target, row.note)
+    out.print(table)
+
+
+if __name__ == "__main__":
+    main()
