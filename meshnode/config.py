@@ -24,6 +24,7 @@ from meshnode.values import (
     parse_announce_addr,
     parse_bool,
     parse_bootstrap,
+    parse_client_count,
     parse_count,
     parse_duration,
     parse_exposed_service,
@@ -94,6 +95,8 @@ class Config:
     health: tuple[tuple[str, HealthCheck], ...] = ()  # by service; "auto" where none is named
     max_in_flight: tuple[tuple[str, int], ...] = ()  # by service; no limit where none is named
     drain_grace: float = 30.0  # seconds
+    max_clients: int = 4096  # connected to the proxy at a time
+    max_clients_per_ip: int = 1024  # from one address that is not this host's
     proxy: HostPort | None = None
     proxy_mode: Literal["http", "tcp"] = "http"
     first_byte_timeout: float = 300.0  # seconds for an engine to begin its answer
@@ -183,6 +186,8 @@ def resolve(
         health=read.many("health", parse_health),
         max_in_flight=read.many("max_in_flight", parse_max_in_flight),
         drain_grace=read.one("drain_grace", parse_duration, 30.0),
+        max_clients=read.one("max_clients", parse_client_count, 4096),
+        max_clients_per_ip=read.one("max_clients_per_ip", parse_client_count, 1024),
         proxy=read.optional("proxy", _proxy),
         proxy_mode=read.one("proxy_mode", parse_proxy_mode, "http"),
         first_byte_timeout=read.one("first_byte_timeout", parse_duration, 300.0),

@@ -8,6 +8,7 @@
     ├── WireError               a peer broke a protocol; ``code`` is the SPEC's word for it
     ├── MeshError               something between this node and a peer
     │   ├── PeerUnreachable     no connection could be made, or it ended before an answer
+    │   │   └── OutOfDescriptors  not for want of the other side: no more files can be opened here
     │   ├── PeerRefused         the peer said no (protocol not served, not a member)
     │   ├── TokenRefused        the peer, or we, don't accept the other's token (exit 5)
     │   ├── StreamReset         a stream or its connection was cut: what was read is not whole
@@ -70,6 +71,10 @@ class MeshError(MeshnodeError):
 
 class PeerUnreachable(MeshError):
     """No connection to the peer could be made, or it ended before an answer came."""
+
+
+class OutOfDescriptors(PeerUnreachable):
+    """This process, or this host, can open no more files; the other side is not to blame."""
 
 
 class PeerRefused(MeshError):

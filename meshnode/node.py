@@ -29,9 +29,10 @@ from meshnode.gpu.monitor import GpuMonitor
 from meshnode.gpu.probe import find_readers
 from meshnode.http import control_api, localai, server
 from meshnode.http.forward_api import ForwardApi
-from meshnode.http.guard import Access, make_local_key
+from meshnode.http.guard import LOCAL_KEY_FILE, Access, make_local_key
 from meshnode.metrics import Metrics
 from meshnode.net.discovery import discover_forever
+from meshnode.net.drain import Drain
 from meshnode.net.libp2p.host import Libp2pMesh
 from meshnode.net.libp2p.identity import Identity, load_or_create_identity
 from meshnode.net.local_services import LocalService
@@ -145,11 +146,21 @@ class Node:
             metrics=metrics,
             wall_time=time.time,
         )
+        self._drain = Drain(
+            member.services,
+            member.router,
+            member.announcer,
+            member.queue,
+            close_entry=self._entry.close,
+            grace=config.drain_grace,
+        )
+        self._view.drain_state = self._drain
+        self.on_draining: Callable[[], None] = lambda: None
 
     # Running
 
     async def run(self, on_ready: OnReady) -> None:
-        """Run until cancelled; then say goodbye and close everything, within some 5 s.
+        """Run until cancelled or drained; then say goodbye and close all, within some 5 s.
 
         Raises:
             ListenFailed: an address can't be bound.
@@ -187,6 +198,7 @@ class Node:
                 if proxy:
                     parts.start_soon(self._entry.serve_forever, proxy)
                 self._announce_ready(on_ready)
+                parts.start_soon(self._leave_when_drained, stop)
                 await stop.wait()
                 log.info("node_leaving", peer_id=self.identity.peer_id)
                 await self._member.announcer.say_leaving()
@@ -230,6 +242,17 @@ class Node:
                 blocked=len(belonging.blocked),
             )
 
+    async def drain_when(self, wished: trio.Event) -> None:
+        """Begin to drain once ``wished`` is set; the node then ends by itself."""
+        await wished.wait()
+        self._drain.wished.set()
+
+    async def _leave_when_drained(self, stop: trio.Event) -> None:
+        await self._drain.wished.wait()
+        self.on_draining()
+        await self._drain.run()
+        stop.set()
+
     async def _watch_gpu_forever(self, first_reading: trio.Event) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._gpu.watch_forever, lambda _: self._member.announcer.changed())
@@ -272,20 +295,30 @@ class Node:
 
 
 async def run_node(
-    config: Config, *, on_ready: OnReady, watch_settings: WatchSettings | None = None
+    config: Config,
+    *,
+    on_ready: OnReady,
+    watch_settings: WatchSettings | None = None,
+    drain: trio.Event | None = None,
+    on_draining: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run one node until cancelled; see ``Node.run``.
+    """Run one node until cancelled or drained; see ``Node.run``.
 
-    ``watch_settings`` is run beside it, and hands over the settings that changed.
+    ``watch_settings`` is run beside it, and hands over the settings that changed. Setting
+    ``drain`` lets it finish what it serves, and then end by itself; ``on_draining`` is called
+    when that begins, whoever asked for it.
 
     Raises:
         MeshnodeError: the one that ended it.
     """
     node = Node(config)
+    node.on_draining = on_draining
     try:
         async with trio.open_nursery() as nursery:
             if watch_settings is not None:
                 nursery.start_soon(watch_settings, node.take)
+            if drain is not None:
+                nursery.start_soon(node.drain_when, drain)
             await node.run(on_ready)
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
@@ -337,14 +370,18 @@ def _identity(state_dir: Path) -> Identity:
         ) from exc
 
 
-def _local_key(state_dir: Path) -> str:
+def _local_key(state_dir: Path) -> str | None:
+    """Return the key of this run; without room for it, the node runs all the same."""
     try:
         return make_local_key(state_dir)
     except OSError as exc:
-        raise ConfigError(
-            f"the state folder {state_dir} can't be used: {exc.strerror or exc}; "
-            "make it writable, or choose another with --state-dir"
-        ) from exc
+        log.warning(
+            "api_key_not_written",
+            path=str(state_dir / LOCAL_KEY_FILE),
+            error=exc.strerror or str(exc),
+            advice="make room; until a restart, only --api-key-file opens what changes this node",
+        )
+        return None
 
 
 def _host_port(address: tuple[object, ...]) -> str:

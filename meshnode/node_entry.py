@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import structlog
 import trio
 
 from meshnode.config import Config
@@ -16,8 +18,11 @@ from meshnode.http.gateway.listing import Listing
 from meshnode.http.gateway.server import Gateway, GatewaySettings
 from meshnode.http.unavailable import looks_like_http, refuse
 from meshnode.metrics import Metrics
+from meshnode.net.accept import AcceptLimits
 from meshnode.net.federation_entry import EntryPoint, EntrySettings
 from meshnode.net.member import Member
+
+log = structlog.get_logger(__name__)
 
 
 class Entry(Protocol):
@@ -25,6 +30,9 @@ class Entry(Protocol):
 
     async def serve_forever(self, listeners: Sequence[trio.SocketListener]) -> None:
         """Accept clients until cancelled."""
+
+    def close(self) -> None:
+        """Accept nobody any more; who is connected is served to the end."""
 
 
 def build_entry(
@@ -37,6 +45,7 @@ def build_entry(
     wall_time: Callable[[], float],
 ) -> Entry:
     """Return what the settings ask for; ``choose_service`` names that of a plain connection."""
+    limits = _accept_limits(config)
     if config.proxy_mode == "tcp":
         return EntryPoint(
             member.router,
@@ -46,7 +55,7 @@ def build_entry(
             refuse=refuse,
             metrics=metrics,
             wall_time=wall_time,
-            settings=EntrySettings(target=config.target, may_repeat=looks_like_http),
+            settings=EntrySettings(target=config.target, limits=limits, may_repeat=looks_like_http),
         )
     return Gateway(
         ModelChooser(
@@ -67,6 +76,7 @@ def build_entry(
             first_byte_timeout=config.first_byte_timeout,
             response_headers=config.response_headers,
             client_keys=client_keys,
+            accept=limits,
         ),
     )
 
@@ -86,3 +96,17 @@ def client_keys_of(config: Config) -> tuple[ClientKey, ...] | None:
         raise ConfigError(
             f"client_keys_file={config.client_keys_file} from {source} {exc}"
         ) from exc
+
+
+def _accept_limits(config: Config) -> AcceptLimits:
+    wished = AcceptLimits(config.max_clients, config.max_clients_per_ip)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = wished if soft == resource.RLIM_INFINITY else wished.within_descriptors(soft)
+    if config.proxy is not None and limits.in_all < wished.in_all:
+        log.warning(
+            "fewer_clients_than_set",
+            max_clients=limits.in_all,
+            error=f"this process may open {soft} files only",
+            advice="raise the file limit (ulimit -n, LimitNOFILE)",
+        )
+    return limits

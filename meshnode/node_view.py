@@ -22,6 +22,7 @@ from meshnode.http.events import Feed
 from meshnode.http.traffic import Traffic
 from meshnode.http.unavailable import looks_like_http, refuse
 from meshnode.metrics import Metrics
+from meshnode.net.drain import Drain
 from meshnode.net.federation_entry import EntryPoint, EntrySettings, choose_service
 from meshnode.net.forwards import Carrier, Forwards
 from meshnode.net.member import Member
@@ -56,6 +57,7 @@ class LiveView:
         self.started_at = 0.0  # seconds on this node's monotonic clock
         self.proxy: str | None = None  # host:port
         self.api = ""  # host:port
+        self.drain_state: Drain  # set by the node once it has one
         self._config = config
         self._network = network
         self._fingerprint = fingerprint
@@ -208,8 +210,21 @@ class LiveView:
             raise PeerUnreachable(f"{peer!r} is this node itself")
         return named[0]
 
+    def drain(self) -> dict[str, object]:
+        """Begin to drain, unless that has begun; say what still runs."""
+        self.drain_state.wished.set()
+        running = self.drain_state.running
+        return {
+            "state": "draining",
+            "served_here": running.served_here,
+            "sent_elsewhere": running.sent_elsewhere,
+            "grace_s": self.drain_state.grace,
+        }
+
     def readiness(self) -> tuple[bool, list[str]]:
         missing = []
+        if self._member.announcer.state != "up":
+            missing.append(f"{self._member.announcer.state}: it takes no new requests")
         if not self._member.peering.joined.is_set():
             missing.append("not joined: no bootstrap answered yet")
         missing += [

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from meshnode.errors import StateDamaged
@@ -44,18 +45,19 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: no space, no permission, no folder; the old content is still there.
     """
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{_DRAFT}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _OWNER_ONLY)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with _draft_of(path, data) as draft:
         draft.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            draft.unlink()
-        raise
+    _sync_folder(path.parent)
+
+
+def create_atomically(path: Path, data: bytes) -> None:
+    """Put ``data`` into ``path`` unless there is such a file: then it stays as it is.
+
+    Raises:
+        OSError: no space, no permission, no folder; there is still no such file.
+    """
+    with _draft_of(path, data) as draft, suppress(FileExistsError):
+        os.link(draft, path)  # of two processes that make it, the first one's counts
     _sync_folder(path.parent)
 
 
@@ -77,6 +79,22 @@ def set_aside(path: Path) -> Path:
         if not aside.exists():
             break
     return path.replace(aside)
+
+
+@contextmanager
+def _draft_of(path: Path, data: bytes) -> Iterator[Path]:
+    """Write ``data`` beside ``path``, safe on the disk; it is gone when the block is left."""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{_DRAFT}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _OWNER_ONLY)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield draft
+    finally:
+        with suppress(OSError):
+            draft.unlink()
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -191,6 +191,13 @@ def parse_max_in_flight(text: str) -> tuple[str, int]:
     return parse_service_name(name), int(number)
 
 
+def parse_client_count(text: str) -> int:
+    """Return how many clients may be connected; each takes a descriptor or two."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1_000_000:
+        raise ValueError("is no number of clients; write 1 to 1000000")
+    return int(text)
+
+
 def parse_service_name(text: str) -> str:
     """Return the name of a service: letters, digits, ``.``, ``_`` and ``-``; at most 64."""
     if not _SERVICE.fullmatch(text.strip()):

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from meshnode.errors import StateDamaged
-from meshnode.state_files import read_bounded, remove_drafts, set_aside, write_atomically
+from meshnode.state_files import (
+    create_atomically,
+    read_bounded,
+    remove_drafts,
+    set_aside,
+    write_atomically,
+)
 
 
 @pytest.fixture
@@ -123,3 +129,24 @@ def test_damaged_ones_are_kept_and_bounded(path: Path) -> None:
     assert len(names(path)) == 9
     assert (path.parent / "things.json.damaged-1").read_text() == "1"
     assert (path.parent / "things.json.damaged-9").read_text() == "12"
+
+
+def test_what_is_made_once_is_never_replaced(path: Path) -> None:
+    create_atomically(path, b"first")
+    create_atomically(path, b"second")
+    assert read_bounded(path, 10) == b"first"
+    assert names(path) == ["things.json"]
+
+
+@pytest.mark.parametrize("step", ["os.fdopen", "os.fsync", "os.link"])
+def test_what_could_not_be_made_is_not_there_in_part(
+    path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        create_atomically(path, b"new")
+    monkeypatch.undo()
+    assert names(path) == []

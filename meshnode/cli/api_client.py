@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from meshnode.config import DEFAULT_API
 from meshnode.errors import ConfigError, MeshnodeError, NoCandidate, NodeNotRunning
@@ -48,7 +49,13 @@ def find_api(flag: str | None, key_file: str | None) -> Api:
     return Api(HostPort(everywhere.get(address.host, address.host), address.port), key)
 
 
-def ask(api: Api, path: str, params: Mapping[str, str | None] | None = None) -> dict[str, object]:
+def ask(
+    api: Api,
+    path: str,
+    params: Mapping[str, str | None] | None = None,
+    *,
+    method: Literal["GET", "POST"] = "GET",
+) -> dict[str, object]:
     """Return the JSON object at ``path``.
 
     Raises:
@@ -60,14 +67,14 @@ def ask(api: Api, path: str, params: Mapping[str, str | None] | None = None) -> 
 
     given = {key: value for key, value in (params or {}).items() if value is not None}
     target = f"{path}?{urlencode(given)}" if given else path
-    status, data = _get(api, target)
+    status, data = _request(api, method, target)
     try:
         body = json.loads(data)
     except ValueError as exc:
         raise _not_a_node(api, "its answer is no JSON") from exc
     if not isinstance(body, dict):
         raise _not_a_node(api, "its answer is no JSON object")
-    if status == 200 and "schema_version" in body:
+    if status in (200, 202) and "schema_version" in body:
         return body
     raise _refusal(api, status, body)
 
@@ -133,7 +140,7 @@ def _refused(api: Api, status: int, data: bytes) -> MeshnodeError:
     return _refusal(api, status, body if isinstance(body, dict) else {})
 
 
-def _get(api: Api, target: str) -> tuple[int, bytes]:
+def _request(api: Api, method: str, target: str) -> tuple[int, bytes]:
     import http.client  # takes a third of what --help may take
 
     address = api.address
@@ -142,7 +149,7 @@ def _get(api: Api, target: str) -> tuple[int, bytes]:
     if api.key:
         headers["Authorization"] = f"Bearer {api.key}"
     try:
-        connection.request("GET", target, headers=headers)
+        connection.request(method, target, headers=headers)
         response = connection.getresponse()
         return response.status, response.read(_MAX_ANSWER)
     except TimeoutError as exc:

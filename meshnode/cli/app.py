@@ -12,6 +12,7 @@ from meshnode import __version__
 from meshnode.cli import (
     demo,
     doctor,
+    drain,
     forward,
     gpus,
     ping,
@@ -54,6 +55,7 @@ def build_app(argv: Sequence[str]) -> typer.Typer:
     app.command("ping")(ping.ping)
     app.command("forward")(forward.forward)
     app.command("gpus")(gpus.gpus)
+    app.command("drain")(drain.drain)
     app.command("doctor", context_settings=settings.FLAGS_OF_UP)(doctor.doctor)
     app.command("demo")(demo.demo)
     app.command("swarm")(swarm.swarm)

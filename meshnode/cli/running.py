@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import structlog
 import trio
 
 from meshnode import __version__
+from meshnode.cli import service_manager
 from meshnode.cli.logs import set_up_logs
 from meshnode.cli.output import say
 from meshnode.config import DEFAULT_OPEN_NETWORK, Config
@@ -42,14 +44,17 @@ def run_node_here(config: Config, read_again: Callable[[], Config]) -> int:
 
     from meshnode.node import run_node
 
+    drain, reload = trio.Event(), Reload()
     run = partial(
         run_node,
         config,
         on_ready=partial(announce_ready, config),
-        watch_settings=partial(follow_belonging_forever, config, read_again),
+        watch_settings=partial(follow_belonging_forever, config, read_again, reload),
+        on_draining=_tell_draining,
+        drain=drain,
     )
     try:
-        return trio.run(run_until_signalled, run)
+        return trio.run(run_until_signalled, run, drain, reload)
     except BaseExceptionGroup as group:
         error = first_mesh_error(group)
         if error is None:
@@ -59,25 +64,57 @@ def run_node_here(config: Config, read_again: Callable[[], Config]) -> int:
         return _end_with(error, config)
 
 
+class Reload:
+    """A wish to read the settings again, though no file seems to have changed."""
+
+    def __init__(self) -> None:
+        self._wished = trio.Event()
+
+    def wish(self) -> None:
+        self._wished.set()
+
+    async def wished(self, within: float) -> bool:
+        """Wait for a wish; return whether one came within so many seconds."""
+        with trio.move_on_after(within):
+            await self._wished.wait()
+        came = self._wished.is_set()
+        self._wished = trio.Event() if came else self._wished
+        return came
+
+
 async def follow_belonging_forever(
-    config: Config, read_again: Callable[[], Config], take: Callable[[Config], None]
+    config: Config,
+    read_again: Callable[[], Config],
+    reload: Reload,
+    take: Callable[[Config], None],
 ) -> None:
-    """Hand over the settings each time that a token or a list of peers was written anew."""
+    """Hand over the settings whenever a token or a list of peers was written anew, or on a wish."""
     paths = (config.token_file, config.allow_peers_file, config.block_peers_file)
     watched = [path for path in paths if path is not None and path != "-"]
     seen = [_stamp(path) for path in watched]
-    while watched:
-        await trio.sleep(_LOOK_INTERVAL)
+    while True:
+        wished = await reload.wished(within=_LOOK_INTERVAL if watched else math.inf)
         now = [_stamp(path) for path in watched]
-        if now == seen:
+        if now == seen and not wished:
             continue
         seen = now
+        if wished:
+            service_manager.notify(*service_manager.reloading())
         try:
             take(read_again())
         except MeshnodeError as exc:
             _log.warning(
                 "settings_not_taken", error=str(exc), advice="what held before goes on holding"
             )
+        if wished:
+            _log.info("settings_read_again")
+            service_manager.notify(service_manager.READY)
+
+
+def _tell_draining() -> None:
+    service_manager.notify(
+        service_manager.STOPPING, service_manager.status("draining: running requests may end")
+    )
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:
@@ -88,41 +125,73 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-async def run_until_signalled(run: Callable[[], Awaitable[None]]) -> int:
-    """Run ``run`` until it ends, or SIGINT, SIGTERM or SIGHUP cancels it; return the exit code.
+async def run_until_signalled(
+    run: Callable[[], Awaitable[None]],
+    drain: trio.Event | None = None,
+    reload: Reload | None = None,
+) -> int:
+    """Run ``run`` until it ends or signals end it; return the exit code.
 
-    A second signal ends the process at once.
+    SIGINT, SIGTERM and SIGHUP cancel it. With ``drain``, SIGTERM sets that instead, and leaves the
+    ending to ``run``; the next signal cancels. With ``reload``, and under a service manager, SIGHUP
+    reads the settings again. A signal after the cancelling one ends the process at once.
     """
-    exit_code = 0
+    ending = _Ending(drain, reload if service_manager.is_listening() else None)
     heeded = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asks to be left running
         heeded.append(signal.SIGHUP)
 
-    async def watch_signals(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
-        nonlocal exit_code
+    async def watch_signals(*, task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(*heeded) as signals:
             task_status.started()
             async for number in signals:
-                if scope.cancel_called:
-                    os._exit(128 + number)
-                exit_code = 130 if number == signal.SIGINT else 0
-                _log.info("stopping", signal=signal.Signals(number).name)
-                scope.cancel()
+                ending.heed(signal.Signals(number))
 
     async with trio.open_nursery() as nursery:
-        scope = trio.CancelScope()
-        await nursery.start(watch_signals, scope)
-        with scope:
+        await nursery.start(watch_signals)
+        with ending.scope:
             await run()
         nursery.cancel_scope.cancel()
-    return exit_code
+    return ending.exit_code
+
+
+class _Ending:
+    """What each signal does, by those that came before it."""
+
+    def __init__(self, drain: trio.Event | None, reload: Reload | None) -> None:
+        self.exit_code = 0
+        self.scope = trio.CancelScope()
+        self._drain = drain
+        self._reload = reload
+
+    def heed(self, number: signal.Signals) -> None:
+        if self.scope.cancel_called:
+            os._exit(128 + number)
+        if number == signal.SIGHUP and self._reload is not None:
+            self._reload.wish()
+            return
+        _log.info("stopping", signal=number.name)
+        if number == signal.SIGTERM and self._drain is not None:
+            if not self._drain.is_set():
+                self._drain.set()
+                return
+            self.exit_code = 128 + number  # what ran was cut
+        if number == signal.SIGINT:
+            self.exit_code = 130
+        service_manager.notify(service_manager.STOPPING)
+        self.scope.cancel()
 
 
 def announce_ready(config: Config, facts: Mapping[str, object]) -> None:
     """Say that the node can serve: one JSON line on stdout, or some lines for people on stderr.
 
-    ``facts`` holds peer_id, addrs, proxy and api, as the node bound them.
+    ``facts`` holds peer_id, addrs, proxy and api, as the node bound them. A service manager that
+    waits for it is told, too.
     """
+    service_manager.notify(
+        service_manager.READY,
+        service_manager.status(f"up as {facts.get('peer_id')}, api on {facts.get('api')}"),
+    )
     if config.log_format == "pretty":
         for readable in ready_lines(config, facts):
             say(readable)

@@ -78,6 +78,13 @@ def up(
         list[str] | None,
         typer.Option(metavar="NAME=N", help="Requests that a server takes at once."),
     ] = None,
+    max_clients: Annotated[
+        str | None, typer.Option(metavar="N", help="Clients of the proxy at a time; default 4096.")
+    ] = None,
+    max_clients_per_ip: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Of them, from one other host; default 1024."),
+    ] = None,
     drain_grace: Annotated[
         str | None,
         typer.Option(

@@ -34,7 +34,7 @@ Json = Mapping[str, object]
 
 
 class NodeView(Protocol):
-    """What the control API needs of a node. Every call reads only, and all but ping at once."""
+    """What the control API needs of a node. All calls but drain read only; all but ping at once."""
 
     def status(self) -> Json: ...
 
@@ -56,6 +56,10 @@ class NodeView(Protocol):
         Raises:
             PeerUnreachable: nobody is called that, or it can't be reached.
         """
+        ...
+
+    def drain(self) -> Json:
+        """Begin to drain, unless that has begun; say what still runs."""
         ...
 
     def readiness(self) -> tuple[bool, list[str]]:
@@ -94,6 +98,8 @@ def build_app(
     }
     routes = [Route(path, build, methods=["GET"]) for path, build in pages.items()]
     routes += more
+    drain = _page(lambda request: _json(view.drain(), 202))
+    routes.append(Route("/api/drain", drain, methods=["POST"]))
     if events is not None:
         routes.append(Route("/api/events", events, methods=["GET"]))
     routes += [openapi.route(routes), *page.routes()]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import os
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from meshnode.http.answers import error_response
+from meshnode.state_files import write_atomically
 
 LOCAL_KEY_FILE = "api.key"
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -62,13 +62,7 @@ def make_local_key(state_dir: Path) -> str:
         OSError: the state folder can't be written to.
     """
     key = secrets.token_urlsafe(32)
-    path = state_dir / LOCAL_KEY_FILE
-    # Apart and renamed: a reader never finds half a key, nor one with the old file's mode.
-    fresh = path.with_name(f"{LOCAL_KEY_FILE}.new")
-    fresh.unlink(missing_ok=True)
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(key + "\n")
-    fresh.replace(path)
+    write_atomically(state_dir / LOCAL_KEY_FILE, key.encode() + b"\n")
     return key
 
 

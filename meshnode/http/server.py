@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import socket
-from functools import partial
 
 import structlog
 import trio
@@ -22,6 +21,7 @@ from hypercorn.utils import wrap_app
 from starlette.types import ASGIApp
 
 from meshnode.errors import ListenFailed
+from meshnode.net.descriptors import OUT_OF_DESCRIPTORS, DescriptorReserve
 
 # A dashboard and a few scripts need ten; each costs a task and some kilobytes.
 MAX_CONNECTIONS = 256
@@ -32,6 +32,8 @@ CUT_GRACE = 0.4  # seconds
 # A client that takes no byte for so long reads no more.
 SEND_TIMEOUT = 10.0  # seconds
 _PIECE = 64 * 1024  # bytes
+# Without any descriptor left, not even a kept one, it tries again so soon.
+_PAUSE = 0.1  # seconds
 _KEEP_ALIVE = 10.0  # seconds; also how long a client may take to send its first request
 
 _log = structlog.get_logger(__name__)
@@ -94,23 +96,33 @@ class _Server:
         self._streams: set[trio.SocketStream] = set()
         self._empty = trio.Event()
         self._empty.set()
+        self._reserve = DescriptorReserve()
 
     async def serve(self, listener: trio.SocketListener, stop: trio.Event) -> None:
         """Accept until ``stop`` is set, then end every connection within the grace."""
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as connections:
                 async with trio.open_nursery() as accepting:
-                    accepting.start_soon(
-                        partial(
-                            trio.serve_listeners,
-                            self._serve_connection,
-                            [listener],
-                            handler_nursery=connections,
-                        )
-                    )
+                    accepting.start_soon(self._accept_forever, listener, connections)
                     await stop.wait()
                     accepting.cancel_scope.cancel()
                 await self._end(connections.cancel_scope)
+        self._reserve.close()
+
+    async def _accept_forever(
+        self, listener: trio.SocketListener, connections: trio.Nursery
+    ) -> None:
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as exc:
+                if exc.errno not in OUT_OF_DESCRIPTORS:
+                    raise
+                # Who wants to see why nothing works must not be kept out by just that.
+                if not self._reserve.give_one_up():
+                    await trio.sleep(_PAUSE)
+            else:
+                connections.start_soon(self._serve_connection, stream)
 
     async def _serve_connection(self, stream: trio.SocketStream) -> None:
         if len(self._streams) >= MAX_CONNECTIONS:
@@ -124,6 +136,7 @@ class _Server:
         finally:
             self._streams.discard(stream)
             stream.socket.close()
+            self._reserve.refill()
             if not self._streams:
                 self._empty.set()
 

@@ -19,6 +19,7 @@ from meshnode.core.lease import Lease
 from meshnode.core.router import Router
 from meshnode.errors import AllFull, NoCandidate, Overloaded
 from meshnode.metrics import Metrics
+from meshnode.net.accept import AcceptLimits, Acceptor
 from meshnode.net.held_client import HeldClient
 from meshnode.net.lease_queue import LeaseQueue
 from meshnode.net.mesh import ByteStream
@@ -28,8 +29,6 @@ from meshnode.net.upstream import AttemptError, Upstreams
 
 # Different peers tried for one client: a fourth would seldom fare better, and the client waits.
 MAX_ATTEMPTS = 3
-# Each takes two descriptors and some 100 KB of buffers at most.
-MAX_CLIENTS = 4096
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +57,7 @@ class EntrySettings:
     """What the operator chose for one entry point."""
 
     target: str | None = None  # a peer ID or name; nobody else serves then
-    max_clients: int = MAX_CLIENTS
+    limits: AcceptLimits = field(default_factory=AcceptLimits)
     idle_timeout: float = IDLE_TIMEOUT  # seconds
     first_byte_timeout: float = FIRST_BYTE_TIMEOUT  # seconds; for peers that served nobody yet
     # Whether a second peer may get these first bytes after a first one had them; an unknown
@@ -112,32 +111,25 @@ class EntryPoint:
         self._metrics = metrics
         self._wall_time = wall_time
         self._settings = settings
-        self._clients = 0
+        self._acceptor = Acceptor(settings.limits, metrics=metrics)
 
-    @property
-    def clients(self) -> int:
-        """Connections open now."""
-        return self._clients
+    def close(self) -> None:
+        """Accept nobody any more; who is connected is served to the end."""
+        self._acceptor.close()
 
     async def serve_forever(self, listeners: Sequence[trio.SocketListener]) -> None:
         """Accept clients until cancelled; then reset those that are left."""
-        await trio.serve_listeners(self.serve_client, list(listeners))
+        await self._acceptor.serve_forever(self.serve_client, listeners)
 
     async def serve_client(self, socket: trio.SocketStream) -> None:
         """Serve one connection to its end; never raises for what client or peers do."""
         stream = TcpStream(socket)
-        if self._clients >= self._settings.max_clients:
-            stream.reset()
-            self._count("too_many_clients")
-            return
-        self._clients += 1
         try:
             self._count(await self._serve(socket, stream))
         except Exception as exc:  # the guard of every client: the node must live
             self._count("failed")
             log.exception("client_failed", error=repr(exc))
         finally:
-            self._clients -= 1
             stream.reset()  # closed already on every way out but an error's or a cancellation's
 
     async def _serve(self, socket: trio.SocketStream, stream: TcpStream) -> str:

@@ -216,7 +216,10 @@ class Announcer:
     def drain(self) -> None:
         """Tell all that this node takes no new work, from now on."""
         self._state = "draining"
-        self.changed()
+        # This can't wait for the spacing: until they know, others send what is then refused.
+        self._last_sent = float("-inf")
+        self._due = trio.current_time()
+        self._due_moved.set()
 
     def rise_above(self, seq: int) -> None:
         """Speak above ``seq``: others already heard it from this identity."""

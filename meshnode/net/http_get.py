@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import h11
 import trio
 
-from meshnode.errors import PeerUnreachable, ProbeFailed, StreamReset
+from meshnode.errors import OutOfDescriptors, PeerUnreachable, ProbeFailed, StreamReset
 from meshnode.net.tcp_stream import TcpStream, connect_tcp
 from meshnode.values import HostPort
 
@@ -37,6 +37,7 @@ async def http_get(address: HostPort, path: str, *, timeout: float, max_bytes: i
 
     Raises:
         NotHttp: it answers something else.
+        OutOfDescriptors: no socket could be made here.
         ProbeFailed: nothing accepts (then ``is_certain``); too late, too long, or cut short.
     """
     try:
@@ -58,6 +59,8 @@ async def http_get(address: HostPort, path: str, *, timeout: float, max_bytes: i
 async def _connect(address: HostPort, timeout: float) -> TcpStream:
     try:
         return await connect_tcp(address.host, address.port, timeout=timeout)
+    except OutOfDescriptors:
+        raise
     except PeerUnreachable as exc:
         is_late = isinstance(exc.__cause__, trio.TooSlowError)
         raise ProbeFailed(str(exc), is_certain=not is_late) from exc

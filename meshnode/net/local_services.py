@@ -13,7 +13,7 @@ import trio
 from meshnode.core.health import Health
 from meshnode.core.node_data import ServiceData
 from meshnode.core.tunnel import Status
-from meshnode.errors import PeerUnreachable, ProbeFailed
+from meshnode.errors import OutOfDescriptors, PeerUnreachable, ProbeFailed
 from meshnode.metrics import Metrics
 from meshnode.net.probe import EngineView, Probe
 from meshnode.net.tcp_stream import TcpStream, connect_tcp
@@ -91,6 +91,10 @@ class LocalServices:
     @property
     def total_in_flight(self) -> int:
         return sum(slot.holders.total() for slot in self._slots.values())
+
+    def in_flight_of(self, peer_id: str) -> int:
+        """Return the requests of one peer that are open on any service."""
+        return sum(slot.holders[peer_id] for slot in self._slots.values())
 
     def announced(self) -> tuple[ServiceData, ...]:
         """Return what is to be said of each service now."""
@@ -231,6 +235,8 @@ class LocalServices:
         service = slot.service
         try:
             stream = await connect_tcp(service.host, service.port, timeout=BACKEND_TIMEOUT)
+        except OutOfDescriptors:
+            raise  # that is no fault of the service
         except PeerUnreachable as exc:
             is_late = isinstance(exc.__cause__, trio.TooSlowError)
             if not is_late:

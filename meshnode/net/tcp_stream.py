@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import trio
 
-from meshnode.errors import PeerUnreachable, StreamClosed, StreamReset
+from meshnode.errors import OutOfDescriptors, PeerUnreachable, StreamClosed, StreamReset
+from meshnode.net.descriptors import OUT_OF_DESCRIPTORS
 
 _ABORT = struct.pack("ii", 1, 0)  # struct linger: close at once, throw away, send RST
 
@@ -135,6 +136,7 @@ async def connect_tcp(host: str, port: int, *, timeout: float) -> TcpStream:
 
     Raises:
         PeerUnreachable: nothing accepts there, or not in time.
+        OutOfDescriptors: no socket could be made here.
     """
     try:
         with trio.fail_after(timeout):
@@ -142,13 +144,15 @@ async def connect_tcp(host: str, port: int, *, timeout: float) -> TcpStream:
     except trio.TooSlowError as exc:
         raise PeerUnreachable(f"{host}:{port} did not accept within {timeout:g} s") from exc
     except OSError as exc:
-        raise PeerUnreachable(f"{host}:{port} can't be reached: {_reason(exc)}") from exc
+        number = _number(exc)
+        reason = os.strerror(number) if number else str(exc)
+        kind = OutOfDescriptors if number in OUT_OF_DESCRIPTORS else PeerUnreachable
+        raise kind(f"{host}:{port} can't be reached: {reason}") from exc
 
 
-def _reason(error: OSError) -> str:
-    """Return why connecting failed; where a name has several addresses, why the first did."""
+def _number(error: OSError) -> int | None:
+    """Return the errno of a failed connect; where a name has several addresses, the first one's."""
     cause: BaseException = error.__cause__ or error
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
-    number = cause.errno if isinstance(cause, OSError) else None
-    return os.strerror(number) if number else str(cause)
+    return cause.errno if isinstance(cause, OSError) else None

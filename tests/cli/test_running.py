@@ -126,6 +126,96 @@ def test_a_second_signal_ends_a_hanging_process_at_once():
     assert process.returncode == 128 + signal.SIGTERM
 
 
+DRAINING = """
+import math, sys, trio
+from meshnode.cli.logs import set_up_logs
+from meshnode.cli.running import Reload, run_until_signalled
+set_up_logs("info", "json")
+async def main():
+    drain, reload = trio.Event(), Reload()
+    async def run():
+        print("up", flush=True)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(tell_reloads)
+                await drain.wait()
+                print("draining", flush=True)
+                if "stuck" in sys.argv:
+                    await trio.sleep_forever()
+                nursery.cancel_scope.cancel()
+        finally:
+            print("left", flush=True)
+    async def tell_reloads():
+        while True:
+            await reload.wished(within=math.inf)
+            print("reloading", flush=True)
+    return await run_until_signalled(run, drain, reload)
+sys.exit(trio.run(main))
+"""
+
+
+@pytest.fixture
+def draining():
+    children = []
+
+    def begin(*argv, **env):
+        child = subprocess.Popen(
+            [sys.executable, "-c", DRAINING, *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**{k: v for k, v in os.environ.items() if k != "NOTIFY_SOCKET"}, **env},
+        )
+        children.append(child)
+        assert child.stdout.readline() == "up\n"
+        return child
+
+    yield begin
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def test_sigterm_drains_and_the_node_ends_by_itself_with_0(draining):
+    child = draining()
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=10)
+    assert (out, child.returncode) == ("draining\nleft\n", 0)
+
+
+def test_a_second_sigterm_leaves_at_once_and_says_that_requests_were_cut(draining):
+    child = draining("stuck")
+    child.send_signal(signal.SIGTERM)
+    assert child.stdout.readline() == "draining\n"
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=10)
+    assert (out, child.returncode) == ("left\n", 128 + signal.SIGTERM)
+
+
+def test_ctrl_c_leaves_at_once_also_while_draining(draining):
+    child = draining("stuck")
+    child.send_signal(signal.SIGTERM)
+    assert child.stdout.readline() == "draining\n"
+    child.send_signal(signal.SIGINT)
+    out, _ = child.communicate(timeout=10)
+    assert (out, child.returncode) == ("left\n", 130)
+
+
+def test_a_hangup_ends_a_node_of_a_terminal_and_reloads_one_of_a_service_manager(
+    draining, tmp_path
+):
+    of_terminal = draining()
+    of_terminal.send_signal(signal.SIGHUP)
+    out, _ = of_terminal.communicate(timeout=10)
+    assert (out, of_terminal.returncode) == ("left\n", 0)
+    managed = draining(NOTIFY_SOCKET=str(tmp_path / "nobody-listens"))
+    managed.send_signal(signal.SIGHUP)
+    assert managed.stdout.readline() == "reloading\n"
+    managed.send_signal(signal.SIGTERM)
+    out, _ = managed.communicate(timeout=10)
+    assert (out, managed.returncode) == ("draining\nleft\n", 0)
+
+
 def test_every_json_log_line_is_one_object():
     with start("json") as process:
         process.send_signal(signal.SIGTERM)

@@ -40,6 +40,10 @@ class SomeNode:
             raise PeerUnreachable("gone did not answer within 4 s")
         return {"peer_id": peer, "rtt_ms": 0.5}
 
+    def drain(self):
+        self.drains = True
+        return {"state": "draining", "served_here": 1, "sent_elsewhere": 0, "grace_s": 30.0}
+
     def readiness(self):
         return self.ready, [] if self.ready else ["no peer yet"]
 
@@ -278,3 +282,19 @@ async def test_it_stops_within_a_second_though_clients_idle_or_never_read(nurser
         deaf.close()
         with pytest.raises(OSError, match=f"127.0.0.1:{port}|refused"):
             await trio.open_tcp_stream("127.0.0.1", port)
+
+
+async def test_a_drain_wants_a_post_and_a_key_and_no_other_sites_page_can_begin_it(nursery):
+    node = SomeNode()
+    port = await serve(nursery, node, local_key="k" * 32)
+    key = {"Authorization": "Bearer " + "k" * 32}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        with trio.fail_after(20):
+            assert (await client.get("/api/drain")).status_code == 405
+            assert (await client.post("/api/drain")).status_code == 401
+            forged = await client.post("/api/drain", headers=key | {"Sec-Fetch-Site": "cross-site"})
+            assert forged.status_code == 403
+            assert not hasattr(node, "drains")
+            answer = await client.post("/api/drain", headers=key)
+            assert (answer.status_code, answer.json()["state"]) == (202, "draining")
+            assert node.drains

@@ -13,6 +13,7 @@ import trio
 from meshnode.core import tunnel
 from meshnode.core.node_data import ServiceData
 from meshnode.net import upstream
+from meshnode.net.accept import AcceptLimits
 from meshnode.net.federation_entry import EntrySettings
 from meshnode.net.local_services import LocalService
 
@@ -469,7 +470,7 @@ async def test_too_many_clients_are_cut_off_and_the_others_served(make_node, lin
     with trio.fail_after(LIMIT):
         front, peer = make_node("front"), make_node("peer", services=llm(await backend(hold)))
         await link(front, peer)
-        connect = await proxy(front, EntrySettings(max_clients=2))
+        connect = await proxy(front, EntrySettings(limits=AcceptLimits(in_all=2)))
         clients = [await connect(), await connect()]
         for client in clients:
             assert await client.receive_some() == b"begun"

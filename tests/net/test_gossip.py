@@ -181,6 +181,28 @@ async def test_changes_are_told_at_once_but_once_a_second(make_node, start, auto
     assert all(later - earlier >= 1 for earlier, later in pairwise(times))
 
 
+async def test_draining_is_told_within_100_ms_though_the_node_has_just_spoken(
+    make_node, start, autojump_clock
+):
+    a = make_node("a")
+    heard = seqs_heard_by(a)
+    b = make_node("b", bootstraps=[a.addr])
+    await start(a, b)
+    await trio.sleep(5)
+    for pause in (0.0, 0.01, 0.3):
+        heard.clear()
+        b.announcer.changed()
+        await trio.sleep(pause + 0.001)
+        b.announcer.changed()  # this one has to wait for the spacing
+        await trio.sleep(pause)
+        begun = trio.current_time()
+        b.announcer.drain()
+        await trio.sleep(0.1)
+        assert heard[-1][2] == "draining" and heard[-1][0] - begun < 0.1
+        b.announcer._state = "up"
+        await trio.sleep(5)
+
+
 async def test_draining_and_leaving_are_told_at_once(make_node, start, autojump_clock):
     a = make_node("a")
     heard = seqs_heard_by(a)

@@ -228,6 +228,7 @@ class Cluster:
         mdns: bool = False,
         netns: str | None = None,
         clock_offset: float = 0.0,
+        env: dict[str, str] | None = None,
     ) -> Node:
         """Start a node without waiting for it, in the network namespace ``netns`` if named.
 
@@ -242,8 +243,9 @@ class Cluster:
         argv += ["--state-dir", str(state_dir)]
         if bootstrap is not None:
             argv += ["--bootstrap", bootstrap]
-        env = self.env(MESHNODE_TOKEN=token or self.token, **self._wrong_clock(clock_offset))
-        node = Node([*_within(netns), *argv, *args], env)
+        more = self._wrong_clock(clock_offset) | (env or {})
+        full_env = self.env(MESHNODE_TOKEN=token or self.token, **more)
+        node = Node([*_within(netns), *argv, *args], full_env)
         node.state_dir = state_dir
         node.netns = netns
         self.processes.append(node)

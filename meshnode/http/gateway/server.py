@@ -35,12 +35,11 @@ from meshnode.http.gateway.heads import BadRequest, RequestHead
 from meshnode.http.gateway.listing import Listing
 from meshnode.http.gateway.watch import GoneWatch
 from meshnode.metrics import Metrics
+from meshnode.net.accept import AcceptLimits, Acceptor
 from meshnode.net.splice import IDLE_TIMEOUT
 from meshnode.net.tcp_stream import TcpStream
 from meshnode.net.upstream import Upstreams
 
-# Each takes a descriptor, and some 20 KB while it is quiet.
-MAX_CLIENTS = 4096
 # Bodies kept for routing and for another attempt, all requests together.
 MAX_KEPT_BYTES = 1024 * 1024 * 1024
 RETRY_AFTER = 5  # seconds
@@ -58,7 +57,7 @@ class GatewaySettings:
     idle_timeout: float = IDLE_TIMEOUT  # seconds without a byte of an answer
     response_headers: bool = True  # x-meshnode-peer and x-meshnode-reason
     client_keys: ClientKeys | None = None  # of those who may ask; None: anybody may
-    max_clients: int = MAX_CLIENTS
+    accept: AcceptLimits = field(default_factory=AcceptLimits)
     limits: ClientLimits = field(default_factory=ClientLimits)
 
 
@@ -87,7 +86,7 @@ class Gateway:
         self._metrics = metrics
         self._settings = settings
         self._watch = GoneWatch()
-        self._clients = 0
+        self._acceptor = Acceptor(settings.accept, metrics=metrics)
         self._kept_bytes = 0
         self._count_to_client = metrics.tunnel_bytes.labels(direction="to_client").inc
         self._outcomes: dict[str, Callable[[], None]] = {}
@@ -96,22 +95,21 @@ class Gateway:
     @property
     def clients(self) -> int:
         """Connections open now."""
-        return self._clients
+        return self._acceptor.clients
+
+    def close(self) -> None:
+        """Accept nobody any more; who is connected is served to the end."""
+        self._acceptor.close()
 
     async def serve_forever(self, listeners: Sequence[trio.SocketListener]) -> None:
         """Accept clients until cancelled; then cut those that are left."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch.watch_forever)
-            await trio.serve_listeners(self.serve_client, list(listeners))
+            await self._acceptor.serve_forever(self.serve_client, listeners)
 
     async def serve_client(self, socket: trio.SocketStream) -> None:
         """Serve one connection to its end; never raises for what client or peers do."""
         stream = TcpStream(socket)
-        if self._clients >= self._settings.max_clients:
-            stream.reset()
-            self._count("too_many_clients")
-            return
-        self._clients += 1
         client = Client(stream, self._settings.limits)
         fd = socket.socket.fileno()
         self._watch.add(fd, client)
@@ -124,7 +122,6 @@ class Gateway:
             self._count("failed")
             log.exception("client_failed", error=repr(exc))
         finally:
-            self._clients -= 1
             self._watch.remove(fd, client)
             stream.reset()  # closed already on every way out but an error's or a cancellation's
 

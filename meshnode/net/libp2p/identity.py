@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +11,7 @@ from libp2p.identity_utils import load_identity
 from libp2p.peer.id import ID
 
 from meshnode.errors import IdentityDamaged
-
-_OWNER_ONLY = 0o600
+from meshnode.state_files import create_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +60,8 @@ def load_identity_file(path: Path) -> Identity:
 
 
 def _create(path: Path) -> None:
-    """Write a new key beside ``path`` and link it there, so that a crash leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(create_new_key_pair().private_key.serialize())
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(draft, path)
-        except FileExistsError:
-            return  # another process was first: its key counts
-    finally:
-        draft.unlink(missing_ok=True)
+    create_atomically(path, create_new_key_pair().private_key.serialize())
 
 
 def _identity(key_pair: KeyPair) -> Identity:

@@ -7,6 +7,7 @@ import trio
 
 from meshnode.http.gateway.client import ClientLimits
 from meshnode.http.gateway.server import GatewaySettings
+from meshnode.net.accept import AcceptLimits
 from support.gateway_mesh import abort, answering, exchange, get, post, read_to_end
 
 LIMIT = 20.0  # seconds, for one test
@@ -254,7 +255,7 @@ async def test_a_chunked_body_beyond_the_limit_is_answered_with_413(mesh):
 
 async def test_too_many_clients_are_cut_off_and_the_others_served(mesh):
     with trio.fail_after(LIMIT):
-        await mesh.open(settings=GatewaySettings(max_clients=2))
+        await mesh.open(settings=GatewaySettings(accept=AcceptLimits(in_all=2)))
         await mesh.served_by(answering(b"whole"))
         clients = [await mesh.connect() for _ in range(2)]
         for client in clients:
