@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from meshnode import __version__
 from meshnode.config import Config
 from meshnode.core.ledger import EntryState, LedgerEntry
+from meshnode.core.model_router import ModelRequest
 from meshnode.errors import PeerUnreachable
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.http import localai, views
@@ -184,6 +185,19 @@ class LiveView:
             target=target or self._config.target,
         )
         return views.decision_view(decision, now=now)
+
+    def explain_model(
+        self, model: str, service: str | None, target: str | None
+    ) -> dict[str, object]:
+        now = trio.current_time()
+        request = ModelRequest(
+            now=now,
+            model=model,
+            service_id=service or self._config.service,
+            target=target or self._config.target,
+            wall_time=time.time(),
+        )
+        return views.decision_view(self._member.models.explain(request), now=now)
 
     async def ping(self, peer: str) -> dict[str, object]:
         entry = self._find(peer)

@@ -33,6 +33,7 @@ PEER_COLUMNS = (
     *("SERVICES", "MODELS", "PATH", ">RTT"),
 )
 CANDIDATE_COLUMNS = ("", "NAME", "PEER ID", ">IN FLIGHT", ">FREE VRAM", ">LAST USED", "EXCLUDED")
+MODEL_COLUMNS = (*CANDIDATE_COLUMNS[:-1], "SERVICE", "LOADED", ">CACHED", CANDIDATE_COLUMNS[-1])
 # How each tier reads to people.
 TIERS = {
     "only": "nobody else could",
@@ -42,6 +43,10 @@ TIERS = {
     "first_listed": "a full tie: the first listed",
     "random": "the dice",
     "target": "the target that was asked for",
+    "loaded": "the model is loaded there",
+    "prefix": "the prompt's beginning is cached there",
+    "session": "the session's cache is there",
+    "least_cached": "the least cached so far",
 }
 
 
@@ -80,6 +85,9 @@ def explain(
         str | None,
         typer.Option(help="The service to ask for; default the proxy's, or the only one."),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model to ask for, in whichever service has it.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="Ask for one peer, by peer ID or name.")
     ] = None,
@@ -88,11 +96,15 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Show who would serve a request now, and why; changes nothing."""
-    body = ask(find_api(api, api_key_file), "/api/explain", {"service": service, "target": target})
+    asked = {"service": service, "model": model, "target": target}
+    body = ask(find_api(api, api_key_file), "/api/explain", asked)
     if as_json:
         print_json(body)
     else:
-        print_table(CANDIDATE_COLUMNS, candidate_rows(body))
+        by_model = body.get("model") is not None
+        columns = MODEL_COLUMNS if by_model else CANDIDATE_COLUMNS
+        rows = model_rows(body) if by_model else candidate_rows(body)
+        print_table(columns, rows)
         print(why(body))
     if body.get("picked") is None and body.get("tier") != "random":
         raise NoCandidate(f"nobody can serve {plain(body.get('service_id'))} now")
@@ -112,6 +124,18 @@ def candidate_rows(decision: Mapping[str, object]) -> list[tuple[object, ...]]:
         )
         for row in maps(decision.get("candidates"))
     ]
+
+
+def model_rows(decision: Mapping[str, object]) -> list[tuple[object, ...]]:
+    """Return the rows of a decision by model: as ``candidate_rows``, and what is warm where."""
+    rows = []
+    given = maps(decision.get("candidates"))
+    for plain_row, row in zip(candidate_rows(decision), given, strict=True):
+        loaded = {True: "yes", False: "no"}.get(bool(row.get("loaded")))
+        ratio = row.get("match_ratio")
+        cached = f"{ratio:.0%}" if isinstance(ratio, float | int) else None
+        rows.append((*plain_row[:-1], row.get("service_id"), loaded, cached, plain_row[-1]))
+    return rows
 
 
 def why(decision: Mapping[str, object]) -> str:

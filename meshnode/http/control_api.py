@@ -50,6 +50,14 @@ class NodeView(Protocol):
         """
         ...
 
+    def explain_model(self, model: str, service: str | None, target: str | None) -> Json:
+        """Say who would serve a request for a model now; changes nothing.
+
+        Raises:
+            NoCandidate: nobody would.
+        """
+        ...
+
     async def ping(self, peer: str) -> Json:
         """Return one round trip to a peer, named by peer ID or by name.
 
@@ -140,8 +148,11 @@ def _metrics(view: NodeView, request: Request) -> Response:
 
 
 def _explain(view: NodeView, request: Request) -> Response:
-    chosen = _parameters(request, "service", "target")
-    return _json(view.explain(chosen.get("service"), chosen.get("target")))
+    chosen = _parameters(request, "service", "target", "model")
+    service, target, model = (chosen.get(name) for name in ("service", "target", "model"))
+    if model is None:
+        return _json(view.explain(service, target))
+    return _json(view.explain_model(model, service, target))
 
 
 async def _ping(view: NodeView, request: Request) -> Response:

@@ -145,6 +145,9 @@ _DECISION: dict[str, _Schema] = {
     "outcome": _maybe("string"),
     "duration_s": _maybe("number"),
     "retries": _maybe("integer"),
+    "model": _maybe("string"),
+    "match_ratio": _maybe("number"),
+    "forced_off": _maybe("string"),
     "candidates_total": _COUNT,
     "candidates": _list(_ref("Candidate")),
 }
@@ -201,6 +204,9 @@ _SCHEMAS: dict[str, _Schema] = {
             "last_used_s": _maybe("number"),
             "available_vram": _maybe("integer"),
             "excluded": _maybe("string"),
+            "service_id": _maybe("string"),
+            "loaded": _maybe("boolean"),
+            "match_ratio": _maybe("number"),
         }
     ),
     "Decision": _object(_DECISION),
@@ -259,6 +265,7 @@ def _paths() -> dict[str, object]:
             parameters=(
                 _query("service", "The service asked for; default the only one"),
                 _query("target", "One peer, by peer ID or name"),
+                _query("model", "The model asked for, in whichever service has it"),
             ),
             others={"503": "Nobody can serve"},
         ),

@@ -152,6 +152,9 @@ def decision_view(decision: Decision, *, now: float) -> dict[str, object]:
         "outcome": decision.outcome,
         "duration_s": None if decision.duration is None else round(decision.duration, 6),
         "retries": decision.retries,
+        "model": decision.model,
+        "match_ratio": _rounded(decision.match_ratio),
+        "forced_off": decision.forced_off,
         "candidates_total": decision.candidates_total,
         "candidates": [_row_view(row, now) for row in decision.candidates],
     }
@@ -167,7 +170,14 @@ def _row_view(row: CandidateRow, now: float) -> dict[str, object]:
         "last_used_s": round(now - row.last_used, 3) if row.last_used else None,
         "available_vram": row.available_vram or None,
         "excluded": row.excluded,
+        "service_id": row.service_id,
+        "loaded": row.loaded,
+        "match_ratio": _rounded(row.match_ratio),
     }
+
+
+def _rounded(ratio: float | None) -> float | None:
+    return None if ratio is None else round(ratio, 4)
 
 
 def _peer_view(

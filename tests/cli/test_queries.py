@@ -58,6 +58,19 @@ class SomeNode:
         tier = "random" if service == "random" else "in_flight"
         return {"service_id": service, "picked": picked, "tier": tier, "candidates": rows}
 
+    def explain_model(self, model, service, target):
+        rows = [
+            {
+                "peer_id": OTHER,
+                "name": "gpu2",
+                "service_id": "vllm",
+                "loaded": True,
+                "match_ratio": 0.75,
+            },
+            {"peer_id": ME, "name": "gpu1", "service_id": "ollama", "loaded": False},
+        ]
+        return {"model": model, "picked": OTHER, "tier": "loaded", "candidates": rows}
+
     async def ping(self, peer):
         if peer == "nobody":
             raise PeerUnreachable("no node is called 'nobody'; see meshnode peers")
@@ -119,6 +132,14 @@ async def test_explain_names_the_pick_and_the_tier(api, capsys):
     out = capsys.readouterr().out
     assert "gpu2; decided by: fewest requests in flight" in out
     assert "unhealthy" in out
+
+
+async def test_explain_by_model_shows_where_it_is_loaded_and_what_is_cached(api, capsys):
+    assert await meshnode("explain", "--model", "llama3", "--api", api) == 0
+    out = capsys.readouterr().out
+    assert "gpu2; decided by: the model is loaded there" in out
+    for word in ("SERVICE", "LOADED", "CACHED", "vllm", "yes", "75%", "ollama", "no"):
+        assert word in out
 
 
 async def test_explain_under_the_random_policy_picks_nobody_beforehand(api, capsys):

@@ -35,6 +35,9 @@ class SomeNode:
             raise ZeroDivisionError("oops")
         return {"service_id": service, "target": target}
 
+    def explain_model(self, model, service, target):
+        return {"model": model, "service_id": service, "target": target}
+
     async def ping(self, peer):
         if peer == "gone":
             raise PeerUnreachable("gone did not answer within 4 s")
@@ -92,6 +95,12 @@ async def test_metrics_are_prometheus_text(api):
     answer = await api.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     assert 'meshnode_peers{state="up"} 3.0' in answer.text
+
+
+async def test_explain_takes_a_model(api):
+    answer = await api.get("/api/explain", params={"model": "llama3:8b", "target": "gpu1"})
+    assert answer.json()["model"] == "llama3:8b"
+    assert answer.json()["target"] == "gpu1"
 
 
 async def test_explain_takes_service_and_target(api):
