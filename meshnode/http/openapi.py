@@ -174,6 +174,15 @@ _SCHEMAS: dict[str, _Schema] = {
             "healthy": _FLAG,
         }
     ),
+    # How this node's own requests to the service went: closed is well, open is put aside.
+    "Circuit": _object(
+        {
+            "circuit": {"enum": ["closed", "open", "half_open"]},
+            "circuit_reason": _maybe("string"),
+            "ejected_for_s": _maybe("number"),
+            "proven": _FLAG,
+        }
+    ),
     "Peer": _object(
         {
             "peer_id": _TEXT,
@@ -185,7 +194,7 @@ _SCHEMAS: dict[str, _Schema] = {
             "total_vram": _maybe("integer"),
             "gpu_count": _maybe("integer"),
             "in_flight": _COUNT,
-            "services": _list(_ref("Service")),
+            "services": _list({"allOf": [_ref("Service"), _ref("Circuit")]}),
             "addrs": _list(_TEXT),
             "connected": _FLAG,
             "path": {"enum": ["direct", "relayed", None]},

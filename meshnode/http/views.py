@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from meshnode.core.circuit import Circuit
 from meshnode.core.decision import CandidateRow, Decision
 from meshnode.core.ledger import LedgerEntry
 from meshnode.core.node_data import NodeData, ServiceData
@@ -19,6 +20,8 @@ class LoadCount(Protocol):
     """Who knows the requests in flight on a peer; the router does."""
 
     def in_flight(self, peer_id: str, service_id: str) -> int: ...
+
+    def circuit(self, peer_id: str, service_id: str) -> Circuit | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,11 @@ def _peer_view(
         "total_vram": node.total_vram or None,
         "gpu_count": node.gpu_count or None,
         "in_flight": sum(loads.values()),
-        "services": [_service_view(s, loads[s.service_id]) for s in node.services],
+        "services": [
+            _service_view(s, loads[s.service_id])
+            | _circuit_view(load.circuit(node.id, s.service_id), now)
+            for s in node.services
+        ],
         "addrs": list(node.addrs),
         "connected": is_self or link is not None,
         # None where there is no link, as to this node itself.
@@ -213,6 +220,20 @@ def _available_vram(node: NodeData) -> int | None:
     if node.usable_vram or (node.total_vram and node.available_vram == 0):
         return node.usable_vram
     return None
+
+
+def _circuit_view(circuit: Circuit | None, now: float) -> dict[str, object]:
+    """Return how this node's own requests to the service went."""
+    if circuit is None:
+        return {"circuit": "closed", "circuit_reason": None, "ejected_for_s": None, "proven": False}
+    state = circuit.state_at(now)
+    ends_in = circuit.until - now if circuit.until is not None and state == "open" else None
+    return {
+        "circuit": state,
+        "circuit_reason": None if state == "closed" else circuit.why,
+        "ejected_for_s": None if ends_in is None else round(ends_in, 1),
+        "proven": circuit.is_proven,
+    }
 
 
 def _service_view(service: ServiceData, in_flight: int) -> dict[str, object]:

@@ -119,3 +119,26 @@ def test_a_decision_shows_its_table_and_the_tier_that_decided():
         ("b", 16),
         ("a", 8),
     ]
+
+
+def test_a_peer_that_was_put_aside_shows_why_and_for_how_long():
+    class Even:
+        def randrange(self, stop: int, /) -> int:
+            return stop // 2
+
+    ledger = Ledger("me")
+    router = Router(ledger, self_id="me", policy="vram", rng=Even())
+    for one in (node("bad", available_vram=2), node("good", available_vram=1)):
+        ledger.observe(one, now=100.0)
+    for _ in range(5):
+        with router.lease(now=101.0, service_id="llm") as lease:
+            lease.failed("reset", now=101.0)
+    bad, good = view(ledger, router, now=102.0)["peers"]
+    (service,) = bad["services"]
+    assert service["circuit"] == "open"
+    assert service["circuit_reason"] == "5 failures in a row (reset)"
+    assert 3.5 <= service["ejected_for_s"] <= 4.5
+    assert service["proven"] is False
+    assert good["services"][0]["circuit"] == "closed"
+    (service,) = view(ledger, router, now=107.0)["peers"][0]["services"]
+    assert (service["circuit"], service["ejected_for_s"]) == ("half_open", None)
