@@ -155,6 +155,11 @@ class Ledger:
 
     # What is known
 
+    @property
+    def online_count(self) -> int:
+        """How many were online when last looked at, this node included; costs nothing."""
+        return len(self._live)
+
     def get(self, peer_id: str) -> LedgerEntry | None:
         """Return the peer's entry, online or not."""
         return self._entries.get(peer_id)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from meshnode.core.ledger import Ledger, LedgerEntry
 from meshnode.core.ledger_exchange import ENTRY_BYTES, KEY_BYTES, SEQ_BYTES, Digest, Record
 from meshnode.core.node_data import MAX_ONLINE_WINDOW
 
 
+# The same nodes are in every exchange; twice what a ledger holds, as it keeps tombstones too.
+@lru_cache(maxsize=20_000)
 def key_of(peer_id: str) -> bytes:
     """Return by what a digest names a node."""
     return hashlib.sha256(peer_id.encode()).digest()[:KEY_BYTES]

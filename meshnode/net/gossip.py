@@ -12,6 +12,7 @@ from typing import Protocol
 import structlog
 import trio
 
+from meshnode.core.budget import ChangePacer
 from meshnode.core.catalogue import fit_models
 from meshnode.core.ledger import Ledger, Observation
 from meshnode.core.node_data import MAX_ENVELOPE_BYTES, NodeData, State, decode_signed, encode
@@ -29,6 +30,8 @@ MIN_SPACING = 1.0  # seconds
 # A new link's topic streams open a moment after the link itself.
 _LINK_SETTLES = 0.15  # seconds
 LEAVING_TIMEOUT = 1.0  # seconds
+# The first links of a node are its way into the mesh. A small mesh has them all.
+_LINKS_TOLD = 30
 _EXPIRE_INTERVAL = 1.0  # seconds
 # A timer this late means that this node stood still, as when it was stopped by a signal.
 _STALL = 1.0  # seconds
@@ -73,6 +76,8 @@ class Hearer:
         on_own_seq: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.on_own_seq = on_own_seq
+        # Told the time of each announcement that is news, to reckon how many there are.
+        self.on_heard: Callable[[float], None] = lambda _: None
         # peer ID -> why nothing that this peer says is heard; None if it is
         self.objection: Callable[[str], str | None] = lambda _: None
         self._ledger = ledger
@@ -100,6 +105,7 @@ class Hearer:
             self._reject("ledger_full", sender)
             return Verdict.IGNORE
         self._metrics.announcements.labels(direction="received").inc()
+        self.on_heard(now)
         return Verdict.ACCEPT
 
     def take_record(self, envelope: bytes, age: float) -> Observation:
@@ -176,6 +182,7 @@ class Announcer:
         record_own: told each announcement with its envelope, before it is sent.
         interval: seconds between announcements when nothing changes, asked before each.
         start_seq: the first Seq; Unix milliseconds at boot, so that it rises across restarts.
+        pacer: when changes of load may be told, and how many nodes there are; None: at once.
     """
 
     def __init__(
@@ -189,7 +196,9 @@ class Announcer:
         metrics: Metrics,
         start_seq: int,
         interval: Callable[[], float] = lambda: ANNOUNCE_INTERVAL,
+        pacer: tuple[ChangePacer, Callable[[], int]] | None = None,
     ) -> None:
+        self._pacer, self._nodes = pacer or (ChangePacer(rng), lambda: 1)
         self._mesh = mesh
         self._topic = topic
         self._compose = compose
@@ -200,6 +209,8 @@ class Announcer:
         self._interval = interval
         self._state: State = "up"
         self._due = float("-inf")
+        self._load_due = float("inf")  # when a change of load may be told
+        self._said: NodeData | None = None
         self._due_moved = trio.Event()
         self._last_sent = float("-inf")
         self._unnamed = 0  # models that the last announcement had no room for
@@ -210,6 +221,18 @@ class Announcer:
         return self._state
 
     def changed(self) -> None:
+        """Announce what changed: load and memory when it is this node's turn, the rest at once.
+
+        In a mesh of up to 25 nodes it is always this node's turn.
+        """
+        now, nodes = trio.current_time(), self._nodes()
+        if self._pacer.share(nodes) <= MIN_SPACING or self._can_be_used_otherwise():
+            self.say_now()
+        elif self._load_due > now:
+            self._load_due = min(self._load_due, self._pacer.first_try(nodes, now))
+            self._due_moved.set()
+
+    def say_now(self) -> None:
         """Announce now, or as soon as the last announcement is ``MIN_SPACING`` old."""
         self._be_due_at(trio.current_time())
 
@@ -225,7 +248,7 @@ class Announcer:
         """Speak above ``seq``: others already heard it from this identity."""
         if seq >= self._next_seq:
             self._next_seq = seq + 1
-            self.changed()
+            self.say_now()
 
     async def announce_forever(self) -> None:
         """Announce until cancelled, or until ``say_leaving``."""
@@ -244,8 +267,11 @@ class Announcer:
 
     async def _wait_until_due(self) -> None:
         while self._state != "leaving":
-            due = max(self._due, self._last_sent + MIN_SPACING)
-            if due <= trio.current_time():
+            now = trio.current_time()
+            if self._load_due <= now < self._due:
+                self._load_due = self._pacer.try_again(self._nodes(), now)
+            due = max(min(self._due, self._load_due), self._last_sent + MIN_SPACING)
+            if due <= now:
                 return
             self._due_moved = trio.Event()
             with trio.move_on_at(due):
@@ -253,6 +279,8 @@ class Announcer:
 
     async def _announce(self) -> None:
         node, unnamed = fit_models(self._compose(self._next_seq, self._state))
+        self._said, self._load_due = node, float("inf")
+        self._pacer.said(self._nodes(), trio.current_time())
         self._next_seq += 1
         self._tell_unnamed(unnamed)
         envelope = self._mesh.seal(encode(node))
@@ -273,11 +301,26 @@ class Announcer:
             )
         self._unnamed = unnamed
 
+    def _can_be_used_otherwise(self) -> bool:
+        """Whether more than the load and free memory differs from what was said last."""
+        if self._said is None:
+            return True
+        now = fit_models(self._compose(self._said.seq, self._state))[0]
+        return _but_for_load(now) != _but_for_load(self._said)
+
     def _on_link(self, event: LinkEvent) -> None:
-        if event.state is LinkState.UP:
+        # Links beyond the first few change nothing about who hears this node.
+        if event.state is LinkState.UP and len(self._mesh.links()) <= _LINKS_TOLD:
             self._be_due_at(trio.current_time() + _LINK_SETTLES)
 
     def _be_due_at(self, due: float) -> None:
         if due < self._due:
             self._due = due
             self._due_moved.set()
+
+
+def _but_for_load(node: NodeData) -> NodeData:
+    """Return what an announcement says besides how busy its node is just now."""
+    services = tuple(service.model_copy(update={"in_flight": 0}) for service in node.services)
+    beside = {"available_vram": 0, "last_seen": 0, "online_window": 0, "services": services}
+    return node.model_copy(update=beside)

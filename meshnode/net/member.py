@@ -112,6 +112,7 @@ class Member:
         self.hearer = Hearer(
             self.ledger, self.router, open_sealed=mesh.open_sealed, metrics=metrics
         )
+        pacer = budget.ChangePacer(rng)
         self.announcer = Announcer(
             mesh,
             topic=topic,
@@ -121,7 +122,9 @@ class Member:
             metrics=metrics,
             start_seq=int(wall_time() * 1000),
             interval=self._announce_interval,
+            pacer=(pacer, lambda: self.ledger.online_count),
         )
+        self.hearer.on_heard = pacer.heard
         self.hearer.on_own_seq = self.announcer.rise_above
         mesh.subscribe(topic, self.hearer.hear)
         self.peering = Peering(
@@ -140,7 +143,7 @@ class Member:
             self.ledger,
             self.peering.liveness,
             topic=loss_topic(settings.network),
-            answer=self.announcer.changed,
+            answer=self.announcer.say_now,
             rng=rng,
             metrics=metrics,
         )

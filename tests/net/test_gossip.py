@@ -282,3 +282,26 @@ async def test_a_wrong_token_on_real_sockets_stops_the_joiner(make_libp2p_node, 
         await start(b)
         assert await wait_until(lambda: b.failure is not None, within=3) < 3
         assert a.failure is None
+
+
+async def test_in_a_large_mesh_load_waits_for_its_turn_and_state_does_not(
+    make_node, start, autojump_clock
+):
+    a = make_node("a")
+    heard = seqs_heard_by(a)
+    b = make_node("b", bootstraps=[a.addr])
+    b.announcer._nodes = lambda: 1_000
+    await start(a, b)
+    await trio.sleep(60)
+    heard.clear()
+    for second in range(60):  # free memory changes every second
+        b.vram = 1 + second
+        b.announcer.changed()
+        await trio.sleep(1)
+    beats = 60 // 10
+    assert len(heard) <= beats + 4
+    heard.clear()
+    begun = trio.current_time()
+    b.announcer.drain()
+    await trio.sleep(1.1)
+    assert [(state, at - begun <= 1) for at, _, state in heard] == [("draining", True)]
