@@ -17,7 +17,6 @@ from meshnode.core.api_keys import ClientKey, ClientKeys, KeyRefusal
 from meshnode.core.form_body import FORM_HEAD_BYTES
 from meshnode.core.openai_request import (
     Api,
-    RoutedRequest,
     api_of,
     is_form,
     parse_request,
@@ -282,9 +281,7 @@ class _Request:
         )
         return Asked(
             head=head,
-            routed=parse_request(self._method, self._path, content_type, known)
-            if is_inference
-            else RoutedRequest(self._api),
+            routed=parse_request(self._method, self._path, content_type, known),
             request_id=self._id,
             first=first,
             upload=upload,
