@@ -53,13 +53,12 @@ def body_of(answer: Answer, api: Api) -> bytes:
 def event_of(answer: Answer, api: Api) -> bytes:
     """Return a server-sent event that tells a client of ``api`` that its stream broke."""
     name = b"event: error\n" if api == "anthropic" else b""
-    # The event that was cut ends with a blank line, so that this one is not taken for its rest.
-    return b"\n\n" + name + b"data: " + body_of(answer, api) + b"\n\n"
+    return name + b"data: " + body_of(answer, api) + b"\n\n"
 
 
 def line_of(answer: Answer) -> bytes:
     """Return a line that tells a client of Ollama's API that its stream broke."""
-    return b"\n" + body_of(answer, "ollama") + b"\n"
+    return body_of(answer, "ollama") + b"\n"
 
 
 def reason_of(status: int) -> str:

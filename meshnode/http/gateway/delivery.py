@@ -59,6 +59,7 @@ class Delivery:
         self._ours = ours
         self._count = count_bytes
         self._idle_timeout = idle_timeout
+        self._tail = b"\n\n"  # the last bytes that were passed on
         self._closing = False  # whether the client was told that its connection ends
         self._chunked = (
             isinstance(served.body, ChunkedBody | EofBody)
@@ -128,6 +129,7 @@ class Delivery:
         step = min(_DEADLINE_STEP, self._idle_timeout / 4)
         while True:
             if payload:
+                self._tail = payload[-2:]
                 self._count(len(payload))
                 out += encode_chunk(payload) if chunked else payload
             if body.done:
@@ -169,9 +171,12 @@ class Delivery:
         answer = Answer(502, f"the answer was cut short: {error}", "upstream_cut")
         api = self._asked.routed.api
         if kind == b"text/event-stream":
-            await self._say_and_end(event_of(answer, api))
+            # A cut event ends with a blank line first, or this would be taken for its rest.
+            pause = b"" if self._tail == b"\n\n" else b"\n\n"
+            await self._say_and_end(pause + event_of(answer, api))
         elif kind == b"application/x-ndjson":
-            await self._say_and_end(line_of(answer))
+            pause = b"" if self._tail[-1:] == b"\n" else b"\n"
+            await self._say_and_end(pause + line_of(answer))
         else:
             self._client.stream.reset()
         return Delivered(outcome)
