@@ -27,6 +27,7 @@ from meshnode.values import (
     parse_client_count,
     parse_count,
     parse_duration,
+    parse_endpoint,
     parse_exposed_service,
     parse_header_name,
     parse_health,
@@ -115,6 +116,7 @@ class Config:
     api: HostPort = DEFAULT_API
     api_key_file: str | None = None
     api_key: str | None = field(default=None, repr=False)
+    otlp_endpoint: str | None = None  # the base URL of a collector; None: no traces
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["pretty", "json"] = "pretty"
     announce_interval: float = 10.0  # seconds
@@ -205,6 +207,7 @@ def resolve(
         api=read.one("api", parse_host_port, DEFAULT_API),
         api_key_file=read.optional("api_key_file", _path),
         api_key=_api_key(read, read_text),
+        otlp_endpoint=read.optional("otlp_endpoint", parse_endpoint),
         log_level=read.one("log_level", parse_log_level, "info"),
         log_format=read.one("log_format", parse_log_format, "pretty"),
         announce_interval=read.one("announce_interval", parse_duration, 10.0),

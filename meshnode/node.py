@@ -40,7 +40,7 @@ from meshnode.net.mdns import Mdns
 from meshnode.net.member import Member, MemberSettings
 from meshnode.net.peer_file import FILE_NAME, PeerFile
 from meshnode.net.reachability import Reachability
-from meshnode.node_entry import build_entry, client_keys_of
+from meshnode.node_entry import build_entry, client_keys_of, make_tracer
 from meshnode.node_view import LiveView
 from meshnode.values import AUTO
 
@@ -138,6 +138,7 @@ class Node:
         )
         keys_of_clients = client_keys_of(config)
         self._client_keys = None if keys_of_clients is None else ClientKeys(keys_of_clients)
+        self._tracer, self._close_tracer = make_tracer(config, self.identity.peer_id, self.network)
         self._entry = build_entry(
             config,
             member,
@@ -145,6 +146,7 @@ class Node:
             client_keys=self._client_keys,
             metrics=metrics,
             wall_time=time.time,
+            tracer=self._tracer,
         )
         self._drain = Drain(
             member.services,
@@ -204,6 +206,8 @@ class Node:
                 await self._member.announcer.say_leaving()
                 parts.cancel_scope.cancel()
             mesh.cancel_scope.cancel()
+        if self._close_tracer is not None:
+            await trio.to_thread.run_sync(self._close_tracer)
 
     async def _start(self, parts: trio.Nursery) -> None:
         first_reading = trio.Event()

@@ -21,6 +21,7 @@ from meshnode.metrics import Metrics
 from meshnode.net.accept import AcceptLimits
 from meshnode.net.federation_entry import EntryPoint, EntrySettings
 from meshnode.net.member import Member
+from meshnode.tracing import NO_TRACER, Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +44,7 @@ def build_entry(
     client_keys: ClientKeys | None,
     metrics: Metrics,
     wall_time: Callable[[], float],
+    tracer: Tracer,
 ) -> Entry:
     """Return what the settings ask for; ``choose_service`` names that of a plain connection."""
     limits = _accept_limits(config)
@@ -56,6 +58,7 @@ def build_entry(
             metrics=metrics,
             wall_time=wall_time,
             settings=EntrySettings(target=config.target, limits=limits, may_repeat=looks_like_http),
+            tracer=tracer,
         )
     return Gateway(
         ModelChooser(
@@ -78,6 +81,7 @@ def build_entry(
             client_keys=client_keys,
             accept=limits,
         ),
+        tracer=tracer,
     )
 
 
@@ -110,3 +114,24 @@ def _accept_limits(config: Config) -> AcceptLimits:
             advice="raise the file limit (ulimit -n, LimitNOFILE)",
         )
     return limits
+
+
+def make_tracer(
+    config: Config, peer_id: str, network: str
+) -> tuple[Tracer, Callable[[], None] | None]:
+    """Return the tracer, and what sends its last spans; OpenTelemetry is loaded only for one.
+
+    Raises:
+        ConfigError: traces are wanted, and their library is not installed.
+    """
+    if config.otlp_endpoint is None:
+        return NO_TRACER, None
+    try:
+        from meshnode.otel import OtelTracer
+    except ImportError as exc:
+        raise ConfigError(
+            f"otlp_endpoint={config.otlp_endpoint} from {config.sources['otlp_endpoint']} needs "
+            f"OpenTelemetry ({exc.name} is missing); install it with: pip install 'meshnode[otel]'"
+        ) from exc
+    tracer = OtelTracer(config.otlp_endpoint, node=config.name, peer_id=peer_id, network=network)
+    return tracer, tracer.close

@@ -125,6 +125,15 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_endpoint(text: str) -> str:
+    """Return the base URL of a collector, without user, query and fragment."""
+    url = text.strip()
+    match = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", url)
+    if match is None:
+        raise ValueError("is no endpoint; write it like http://127.0.0.1:4318")
+    return url
+
+
 def parse_bool(text: str) -> bool:
     """Return the truth of 1/0, true/false, yes/no, on/off."""
     word = text.strip().lower()

@@ -170,6 +170,10 @@ def up(
     config: Annotated[
         str | None, typer.Option(metavar="FILE", help="A TOML file with any of these settings.")
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Send a trace of each request here (extra: otel)."),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option(metavar="debug|info|warning|error", help="Default info.")
     ] = None,

@@ -59,3 +59,20 @@ class Decision:
     # The peer whose cache is warm, where its load made somebody else serve.
     forced_off: str | None = None
     is_retry: bool = False  # a peer failed this request before; one that was only busy did not
+
+    def attributes(self) -> dict[str, str | int | float | bool]:
+        """Return what a trace says of it; unknown values are left out."""
+        names = {row.peer_id: row.name for row in self.candidates}
+        told = {
+            "service": self.service_id,
+            "model": self.model,
+            "policy": self.policy,
+            "target": self.target,
+            "attempt": self.attempt,
+            "tier": self.tier,
+            "peer_id": self.picked,
+            "peer": names.get(self.picked or ""),
+            "candidates": self.candidates_total,
+            "match_ratio": self.match_ratio,
+        }
+        return {f"meshnode.{key}": value for key, value in told.items() if value is not None}

@@ -26,6 +26,7 @@ from meshnode.net.mesh import ByteStream
 from meshnode.net.splice import IDLE_TIMEOUT, SpliceEnd, SpliceOutcome, splice
 from meshnode.net.tcp_stream import TcpStream
 from meshnode.net.upstream import AttemptError, Upstreams
+from meshnode.tracing import NO_TRACER, Span, Tracer
 
 # Different peers tried for one client: a fourth would seldom fare better, and the client waits.
 MAX_ATTEMPTS = 3
@@ -73,6 +74,7 @@ class _Client:
     held: HeldClient
     service_id: str
     accepted_at: float
+    span: Span
     tried: dict[str, str] = field(default_factory=dict)  # peer ID -> how it failed
     asked: int = 0  # peers that did not serve, those included that were only busy
     waiting_since: float | None = None  # when somebody was busy first
@@ -102,6 +104,7 @@ class EntryPoint:
         metrics: Metrics,
         wall_time: Callable[[], float],
         settings: EntrySettings,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._router = router
         self._upstreams = upstreams
@@ -112,6 +115,7 @@ class EntryPoint:
         self._wall_time = wall_time
         self._settings = settings
         self._acceptor = Acceptor(settings.limits, metrics=metrics)
+        self._tracer = tracer
 
     def close(self) -> None:
         """Accept nobody any more; who is connected is served to the end."""
@@ -124,19 +128,25 @@ class EntryPoint:
     async def serve_client(self, socket: trio.SocketStream) -> None:
         """Serve one connection to its end; never raises for what client or peers do."""
         stream = TcpStream(socket)
+        span = self._tracer.begin("connection")
         try:
-            self._count(await self._serve(socket, stream))
+            outcome = await self._serve(socket, stream, span)
+            self._count(outcome)
+            span.end(outcome, failed=outcome not in ("complete", "client_gone"))
         except Exception as exc:  # the guard of every client: the node must live
             self._count("failed")
+            span.end("failed", failed=True)
             log.exception("client_failed", error=repr(exc))
         finally:
+            span.end("stopped")
             stream.reset()  # closed already on every way out but an error's or a cancellation's
 
-    async def _serve(self, socket: trio.SocketStream, stream: TcpStream) -> str:
+    async def _serve(self, socket: trio.SocketStream, stream: TcpStream, span: Span) -> str:
         """Try peers until one serves; return the outcome for the metric."""
         held = HeldClient(stream, may_repeat=self._settings.may_repeat)
         try:
-            client = _Client(socket, held, self._choose_service(), trio.current_time())
+            service_id = self._choose_service()
+            client = _Client(socket, held, service_id, trio.current_time(), span)
             while len(client.tried) < MAX_ATTEMPTS:
                 outcome = await self._attempt(client)
                 if outcome is not None:
@@ -164,6 +174,8 @@ class EntryPoint:
             lease = holding.enter_context(await self._lease(client))
             picked_at, retries = trio.current_time(), client.asked
             self._metrics.routing_decisions.labels(tier=lease.decision.tier).inc()
+            if client.span.is_recording:
+                client.span.say(lease.decision.attributes() | {"meshnode.retries": retries})
             try:
                 upstream = await self._upstreams.open(lease, holding)
                 opened_in = trio.current_time() - picked_at

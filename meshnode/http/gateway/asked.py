@@ -95,6 +95,7 @@ def for_engine(
     *,
     without: frozenset[bytes],
     keep_limit: int,
+    traceparent: bytes | None = None,
 ) -> tuple[bytes, Upload | None]:
     """Return what leaves first, and what follows it.
 
@@ -103,14 +104,20 @@ def for_engine(
         body: what is still to be read of it; None: ``known`` is all.
         without: fields that are not passed on.
         keep_limit: bytes of the body to keep for another attempt.
+        traceparent: what the engine is told of the trace; None: what the client said.
     """
     if body is None:
         length = len(known) if head.has_body or head.length is not None else None
-        payload = request_for_engine(head, request_id, length=length, without=without) + known
+        lines = request_for_engine(
+            head, request_id, length=length, without=without, traceparent=traceparent
+        )
+        payload = lines + known
         if len(payload) <= FIRST_BYTES:
             return payload, None
         rest = Upload(payload[FIRST_BYTES:], None, chunked=False, limit=keep_limit + FIRST_BYTES)
         return payload[:FIRST_BYTES], rest
-    lines = request_for_engine(head, request_id, length=None, without=without)
+    lines = request_for_engine(
+        head, request_id, length=None, without=without, traceparent=traceparent
+    )
     known = encode_chunk(known) if head.chunked else known
     return lines, Upload(known, body, chunked=head.chunked, limit=keep_limit)

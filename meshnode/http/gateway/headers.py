@@ -62,20 +62,30 @@ def request_id_of(head: RequestHead) -> bytes:
 
 
 def request_for_engine(
-    head: RequestHead, request_id: bytes, *, length: int | None, without: frozenset[bytes]
+    head: RequestHead,
+    request_id: bytes,
+    *,
+    length: int | None,
+    without: frozenset[bytes],
+    traceparent: bytes | None = None,
 ) -> bytes:
     """Return the head of the request as the engine gets it, its empty line included.
 
     Args:
         length: bytes of the body where they are known; None: as the client frames it.
         without: further fields that stay here (lower case).
+        traceparent: what the engine is told of the trace; None: what the client said.
     """
+    if traceparent is not None:
+        without = without | {b"traceparent"}
     lines = [
         b"%b %b HTTP/1.1\r\nhost: %b" % (head.method, head.target, head.host or b"localhost"),
         *_passing(head.fields, _OF_THE_REQUEST | without, head.connection),
         b"x-request-id: " + request_id,
         b"via: 1.%d meshnode" % head.minor,
     ]
+    if traceparent is not None:
+        lines.append(b"traceparent: " + traceparent)
     if length is not None:
         lines.append(b"content-length: %d" % length)
     elif head.chunked:

@@ -38,6 +38,7 @@ from meshnode.net.accept import AcceptLimits, Acceptor
 from meshnode.net.splice import IDLE_TIMEOUT
 from meshnode.net.tcp_stream import TcpStream
 from meshnode.net.upstream import Upstreams
+from meshnode.tracing import NO_TRACER, Tracer
 
 # Bodies kept for routing and for another attempt, all requests together.
 MAX_KEPT_BYTES = 1024 * 1024 * 1024
@@ -77,6 +78,7 @@ class Gateway:
         listing: Listing,
         metrics: Metrics,
         settings: GatewaySettings,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._chooser = chooser
         self._upstreams = upstreams
@@ -84,6 +86,7 @@ class Gateway:
         self._listing = listing
         self._metrics = metrics
         self._settings = settings
+        self._tracer = tracer
         self._watch = GoneWatch()
         self._acceptor = Acceptor(settings.accept, metrics=metrics)
         self._kept_bytes = 0
@@ -191,6 +194,7 @@ class _Request:
         self._waits_for_continue = head.expects_continue
         self._kept = 0  # bytes of the body that count as kept
         self._key: ClientKey | None = None  # who asks, where keys are wanted
+        self._span = gateway._tracer.begin(self._method, head.value(b"traceparent"))
 
     async def serve(self) -> bool:
         """Answer the request; return whether another may follow."""
@@ -229,6 +233,7 @@ class _Request:
                 Answer(504, f"the engine did not begin to answer within {limit:g} s", "timeout")
             )
         finally:
+            self._span.end("client_gone")  # unless it ended otherwise
             gateway.keep_bytes(-self._kept)
 
     # Who asks
@@ -278,6 +283,7 @@ class _Request:
             rest,
             without=_KEY_FIELDS if self._settings.client_keys else frozenset(),
             keep_limit=self._settings.limits.body_bytes if self._keep_more(rest) else 0,
+            traceparent=self._span.traceparent,
         )
         return Asked(
             head=head,
@@ -365,6 +371,10 @@ class _Request:
             tasks=tasks,
         )
         served = await attempts.run()
+        if self._span.is_recording:
+            self._span.say(
+                served.lease.decision.attributes() | {"meshnode.retries": served.retries}
+            )
         gateway._metrics.request_ttft_seconds.observe(trio.current_time() - self._began_at)
         try:
             delivered = await self._deliver(asked, served)
@@ -373,6 +383,7 @@ class _Request:
             raise
         served.settle(delivered.outcome)
         gateway._count(delivered.outcome)
+        self._span.end(delivered.outcome, failed=delivered.outcome in ("upstream_cut", "idle"))
         if not delivered.keeps_alive:
             await self._client.end()
         return delivered.keeps_alive
@@ -408,7 +419,10 @@ class _Request:
 
     async def _answer(self, answer: Answer, *, close: bool = False) -> bool:
         """Answer the request here; return whether another may follow."""
-        self._gateway._count("unserved" if answer.status >= 500 else "refused")
+        outcome = "unserved" if answer.status >= 500 else "refused"
+        self._gateway._count(outcome)
+        self._span.say({"http.response.status_code": answer.status})
+        self._span.end(outcome, failed=answer.status >= 500)
         log.info(
             "request_refused",
             status=answer.status,
@@ -430,6 +444,7 @@ class _Request:
     async def _tell(self, body: bytes) -> bool:
         """Answer with a list of the gateway's own."""
         self._gateway._count("complete")
+        self._span.end("complete")
         close = self._head.has_body or not self._head.keeps_alive
         lines = [b"HTTP/1.1 200 OK", b"content-type: application/json"]
         lines += [b"content-length: %d" % len(body), *self._common_lines()]
@@ -442,6 +457,7 @@ class _Request:
         return not close
 
     async def _permit(self, lines: list[bytes]) -> bool:
+        self._span.end("complete")
         close = self._head.has_body or not self._head.keeps_alive
         await self._client.send(
             b"HTTP/1.1 204 No Content\r\n"
