@@ -1,4 +1,4 @@
-"""One span a request, with the decision, at a collector on a socket; and nothing where it is off."""
+"""One span a request, with the decision, at a collector on a socket; nothing where it is off."""
 
 from __future__ import annotations
 
