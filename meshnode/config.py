@@ -17,11 +17,13 @@ from meshnode.errors import ConfigError, TokenInvalid
 from meshnode.values import (
     MAX_EXPOSED,
     MAX_NAME,
+    ApiAddress,
     ExposedService,
     HealthCheck,
     HostPort,
     parse_affinity,
     parse_announce_addr,
+    parse_api_address,
     parse_bool,
     parse_bootstrap,
     parse_client_count,
@@ -31,6 +33,7 @@ from meshnode.values import (
     parse_exposed_service,
     parse_header_name,
     parse_health,
+    parse_host_name,
     parse_host_port,
     parse_listen,
     parse_log_format,
@@ -51,7 +54,7 @@ __all__ = ["Config", "ExposedService", "HostPort", "resolve"]
 
 PREFIX = "MESHNODE_"
 DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/4201"
-DEFAULT_API = HostPort("127.0.0.1", 4280)
+DEFAULT_API: ApiAddress = HostPort("127.0.0.1", 4280)
 DEFAULT_PROXY = HostPort("127.0.0.1", 8080)
 DEFAULT_OPEN_NETWORK = "open"
 # Readers bound an announced window to these, so a node that says otherwise would be misread.
@@ -113,7 +116,8 @@ class Config:
     target: str | None = None
     policy: Literal["vram", "rotate", "random"] = "vram"
     vram: int | None = None  # bytes to pretend
-    api: HostPort = DEFAULT_API
+    api: ApiAddress = DEFAULT_API
+    api_host_allow: tuple[str, ...] = ()  # names under which the API may be asked for
     api_key_file: str | None = None
     api_key: str | None = field(default=None, repr=False)
     otlp_endpoint: str | None = None  # the base URL of a collector; None: no traces
@@ -204,7 +208,8 @@ def resolve(
         target=read.optional("target", parse_node_name),
         policy=read.one("policy", parse_policy, "vram"),
         vram=read.optional("vram", parse_size),
-        api=read.one("api", parse_host_port, DEFAULT_API),
+        api=read.one("api", parse_api_address, DEFAULT_API),
+        api_host_allow=read.many("api_host_allow", parse_host_name),
         api_key_file=read.optional("api_key_file", _path),
         api_key=_api_key(read, read_text),
         otlp_endpoint=read.optional("otlp_endpoint", parse_endpoint),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import random
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -42,7 +43,7 @@ from meshnode.net.peer_file import FILE_NAME, PeerFile
 from meshnode.net.reachability import Reachability
 from meshnode.node_entry import build_entry, client_keys_of, make_tracer
 from meshnode.node_view import LiveView
-from meshnode.values import AUTO
+from meshnode.values import AUTO, HostPort, UnixSocket
 
 # A first announcement should carry the free memory; a driver slower than this is not waited for.
 _FIRST_READING = 1.0  # seconds
@@ -134,7 +135,11 @@ class Node:
         self._access = Access(
             api_key=config.api_key,
             local_key=_local_key(Path(config.state_dir)),
-            allowed_hosts=(config.api.host,),
+            allowed_hosts=(
+                *config.api_host_allow,
+                *([config.api.host] if isinstance(config.api, HostPort) else []),
+            ),
+            is_unix=isinstance(config.api, UnixSocket),
         )
         keys_of_clients = client_keys_of(config)
         self._client_keys = None if keys_of_clients is None else ClientKeys(keys_of_clients)
@@ -178,10 +183,8 @@ class Node:
 
     async def _run_parts(self, stop: trio.Event, on_ready: OnReady) -> None:
         async with AsyncExitStack() as sockets, trio.open_nursery() as mesh:
-            api = server.bind(self.config.api.host, self.config.api.port, setting="api")
-            sockets.callback(api.close)
+            api = self._bind_api(sockets)
             proxy = await self._bind_proxy(sockets)
-            self._view.api = _host_port(api.getsockname())
             self._view.started_at = trio.current_time()
             await mesh.start(self._mesh.run_forever)
             async with trio.open_nursery() as parts:
@@ -267,6 +270,18 @@ class Node:
             due = trio.current_time() + _LAG_INTERVAL
             await trio.sleep_until(due)
             self._metrics.loop_lag_seconds.observe(trio.current_time() - due)
+
+    def _bind_api(self, sockets: AsyncExitStack) -> socket.socket:
+        address = self.config.api
+        if isinstance(address, UnixSocket):
+            api = server.bind_unix(address.path, setting="api")
+            sockets.callback(Path(address.path).unlink, missing_ok=True)
+            self._view.api = str(address)
+        else:
+            api = server.bind(address.host, address.port, setting="api")
+            self._view.api = _host_port(api.getsockname())
+        sockets.callback(api.close)
+        return api
 
     async def _bind_proxy(self, sockets: AsyncExitStack) -> list[trio.SocketListener]:
         proxy = self.config.proxy

@@ -58,6 +58,24 @@ class HostPort:
 
 
 @dataclass(frozen=True, slots=True)
+class UnixSocket:
+    """A socket in the file system: whoever may open the file may speak to it."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return True
+
+
+ApiAddress = HostPort | UnixSocket
+
+
+@dataclass(frozen=True, slots=True)
 class ExposedService:
     """A local server that members may reach by ``name``."""
 
@@ -162,6 +180,25 @@ def parse_host_port(text: str, *, listening: bool = True) -> HostPort:
     if any(character.isspace() or character in "/@" for character in host):
         raise ValueError("is no HOST:PORT; leave off http:// and any path")
     return HostPort(host or "127.0.0.1", int(port_text))
+
+
+def parse_api_address(text: str, *, listening: bool = True) -> ApiAddress:
+    """Return ``HOST:PORT`` or ``unix:/PATH``."""
+    kind, separator, path = text.strip().partition(":")
+    if kind != "unix" or not separator:
+        return parse_host_port(text, listening=listening)
+    # 107 bytes is what Linux keeps of a socket's path; macOS, 103.
+    if not path.startswith("/") or "\0" in path or len(path.encode()) > 103:
+        raise ValueError("is no socket; write it like unix:/run/meshnode/api.sock (103 bytes)")
+    return UnixSocket(path)
+
+
+def parse_host_name(text: str) -> str:
+    """Return a name that a Host header may carry, in lower case, without a port."""
+    name = text.strip().lower().rstrip(".")
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name):
+        raise ValueError("is no host name; write it like gpu1.lan, without http:// and port")
+    return name
 
 
 def parse_exposed_service(text: str) -> ExposedService:

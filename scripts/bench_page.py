@@ -75,9 +75,7 @@ def report(result: dict[str, Any], nodes: int) -> None:
     updates = result["updates"]
     half, late = statistics.median(updates), updates[int(len(updates) * 0.95)]
     print(f"page at {nodes} members, {len(updates)} updates in {SECONDS} s")
-    print(
-        f"  script of an update     median {half:6.2f} ms, 95 % {late:.2f} ms"
-    )
+    print(f"  script of an update     median {half:6.2f} ms, 95 % {late:.2f} ms")
     print(f"  with style and layout   mean   {result['whole_ms'] / len(updates):6.2f} ms")
     print(f"  first drawing of all    once   {result['first']:6.1f} ms")
 

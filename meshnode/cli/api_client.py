@@ -6,11 +6,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from meshnode.config import DEFAULT_API
 from meshnode.errors import ConfigError, MeshnodeError, NoCandidate, NodeNotRunning
-from meshnode.values import HostPort, parse_host_port
+from meshnode.values import ApiAddress, HostPort, UnixSocket, parse_api_address
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
 
 _TIME_LIMIT = 5.0  # seconds; a node answers within milliseconds, or hangs
 # A node that is followed says something at least every 5 s.
@@ -23,7 +26,7 @@ _MAX_ANSWER = 64 * 1024 * 1024  # ten thousand peers make about 10 MiB
 class Api:
     """Where the node answers, and the key it wants."""
 
-    address: HostPort
+    address: ApiAddress
     key: str | None = None
 
 
@@ -41,9 +44,11 @@ def find_api(flag: str | None, key_file: str | None) -> Api:
     if text is None:
         return Api(DEFAULT_API, key)
     try:
-        address = parse_host_port(text, listening=False)
+        address = parse_api_address(text, listening=False)
     except ValueError as exc:
         raise ConfigError(f"api={text} from {source} {exc}") from exc
+    if isinstance(address, UnixSocket):
+        return Api(address, key)
     # What a node listens on may be "everywhere"; it is asked on loopback then.
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     return Api(HostPort(everywhere.get(address.host, address.host), address.port), key)
@@ -108,7 +113,7 @@ def follow(api: Api, path: str, params: Mapping[str, str]) -> Iterator[dict[str,
     from urllib.parse import urlencode
 
     address = api.address
-    connection = http.client.HTTPConnection(address.host, address.port, timeout=_SILENCE)
+    connection = _connection(api, _SILENCE)
     headers = {"Authorization": f"Bearer {api.key}"} if api.key else {}
     try:
         connection.request("POST", f"{path}?{urlencode(params)}", headers=headers)
@@ -132,6 +137,25 @@ def follow(api: Api, path: str, params: Mapping[str, str]) -> Iterator[dict[str,
         connection.close()
 
 
+def _connection(api: Api, timeout: float) -> HTTPConnection:
+    """Return a connection that is not open yet."""
+    import http.client  # takes a third of what --help may take
+    import socket
+
+    address = api.address
+    if isinstance(address, HostPort):
+        return http.client.HTTPConnection(address.host, address.port, timeout=timeout)
+    path = address.path
+
+    class UnixConnection(http.client.HTTPConnection):
+        def connect(self) -> None:
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock.settimeout(timeout)
+            self.sock.connect(path)
+
+    return UnixConnection("localhost", timeout=timeout)
+
+
 def _refused(api: Api, status: int, data: bytes) -> MeshnodeError:
     try:
         body = json.loads(data)
@@ -144,7 +168,7 @@ def _request(api: Api, method: str, target: str) -> tuple[int, bytes]:
     import http.client  # takes a third of what --help may take
 
     address = api.address
-    connection = http.client.HTTPConnection(address.host, address.port, timeout=_TIME_LIMIT)
+    connection = _connection(api, _TIME_LIMIT)
     headers = {"Accept": "application/json"}
     if api.key:
         headers["Authorization"] = f"Bearer {api.key}"

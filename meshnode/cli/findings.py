@@ -27,6 +27,7 @@ from meshnode.errors import (
     PeerUnreachable,
     TokenRefused,
 )
+from meshnode.values import HostPort
 
 Verdict = Literal["ok", "warning", "failed", "skipped"]
 
@@ -137,7 +138,7 @@ def _ports(settings: Config, running: frozenset[str] | None) -> Iterator[Finding
         else:
             yield Finding("port", "ok", f"{addr} is free")
     for setting, address in (("api", settings.api), ("proxy", settings.proxy)):
-        if address is not None:
+        if isinstance(address, HostPort):
             taken = running is not None and str(address) in running
             yield _port(setting, address.host, address.port, is_ours=taken)
 

@@ -161,7 +161,12 @@ def up(
     ] = None,
     name: Annotated[str | None, typer.Option(help="For people; default the host name.")] = None,
     api: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Control API; default 127.0.0.1:4280.")
+        str | None,
+        typer.Option(metavar="HOST:PORT|unix:/PATH", help="Control API; default 127.0.0.1:4280."),
+    ] = None,
+    api_host_allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name under which browsers may ask for it."),
     ] = None,
     api_key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="The key it wants beyond loopback.")

@@ -8,8 +8,11 @@ the node for ever.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import socket
+import stat
 
 import structlog
 import trio
@@ -64,6 +67,48 @@ def bind(host: str, port: int, *, setting: str) -> socket.socket:
             "choose another port, or 0 for any free one"
         ) from exc
     return sock
+
+
+def bind_unix(path: str, *, setting: str) -> socket.socket:
+    """Return a listening Unix socket that only this user may open.
+
+    What a node that was killed left there is removed; what somebody listens on is not.
+
+    Raises:
+        ListenFailed: somebody listens there, something else stands there, or it can't be made.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _clear_away(path)
+        # Before anybody can find it: there is no moment in which others may open it.
+        mask = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(mask)
+        sock.listen(128)
+    except OSError as exc:
+        sock.close()
+        raise ListenFailed(
+            f"{setting}=unix:{path} can't be listened on: {exc.strerror or exc}; "
+            "choose another path in a folder of this user's"
+        ) from exc
+    return sock
+
+
+def _clear_away(path: str) -> None:
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise FileExistsError(errno.EEXIST, "something else than a socket stands there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise FileExistsError(errno.EADDRINUSE, "another program listens there")
 
 
 async def serve_forever(

@@ -93,3 +93,16 @@ def test_without_a_node_or_its_key_it_says_what_to_do(cluster: Cluster) -> None:
     )
     assert stranger.returncode == 2
     assert "api.key" in stranger.stderr
+
+
+def test_a_node_on_a_unix_socket_is_asked_there_and_leaves_no_socket(cluster: Cluster) -> None:
+    path = cluster.folder / "api.sock"
+    node = cluster.node("host", "--api", f"unix:{path}")
+    assert node.ready["api"] == f"unix:{path}"
+    result = cluster.run("status", "--json", "--api", f"unix:{path}")
+    assert json.loads(result.stdout)["name"] == "host", result.stderr
+    node.signal(signal.SIGTERM)
+    assert node.wait(15) == 0
+    assert not path.exists()
+    gone = cluster.run("status", "--api", f"unix:{path}")
+    assert gone.returncode == 3

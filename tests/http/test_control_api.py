@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from meshnode.errors import ListenFailed, NoCandidate, PeerUnreachable
 from meshnode.http.control_api import build_app
 from meshnode.http.guard import Access, make_local_key
-from meshnode.http.server import bind, serve_forever
+from meshnode.http.server import bind, bind_unix, serve_forever
 
 LOCAL = "key-of-this-run"
 SHOWN = {"Authorization": f"Bearer {LOCAL}"}
@@ -307,3 +307,27 @@ async def test_a_drain_wants_a_post_and_a_key_and_no_other_sites_page_can_begin_
             answer = await client.post("/api/drain", headers=key)
             assert (answer.status_code, answer.json()["state"]) == (202, "draining")
             assert node.drains
+
+
+async def test_a_unix_socket_is_its_users_alone_and_wants_no_key(nursery, tmp_path):
+    path = tmp_path / "api.sock"
+    sock = bind_unix(str(path), setting="api")
+    assert path.stat().st_mode & 0o777 == 0o600
+    app = build_app(SomeNode(), access=Access(local_key=LOCAL, is_unix=True))
+    await nursery.start(serve_forever, app, sock)
+    with trio.fail_after(10):
+        transport = httpx.AsyncHTTPTransport(uds=str(path))
+        async with httpx.AsyncClient(transport=transport, base_url="http://anything") as client:
+            assert (await client.get("/api/status")).json()["peer_id"] == "12D3me"
+            assert (await client.post("/api/status")).status_code == 405  # let in
+
+
+def test_what_a_killed_node_left_of_its_socket_is_cleared_and_a_living_ones_is_not(tmp_path):
+    path = str(tmp_path / "api.sock")
+    bind_unix(path, setting="api").close()  # and nobody unlinks it
+    with bind_unix(path, setting="api"), pytest.raises(ListenFailed, match="another program"):
+        bind_unix(path, setting="api")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ListenFailed, match="something else than a socket"):
+        bind_unix(str(tmp_path / "file"), setting="api")
+    assert (tmp_path / "file").read_text() == "mine"

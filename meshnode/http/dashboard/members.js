@@ -60,7 +60,7 @@ export class Members {
     const now = model.now;
     for (const [id, row] of this.#rows) {
       const peer = model.peers.get(id);
-      if (peer) setText(row.age, id === model.selfId ? "" : `seen ${age(now - peer.seen_at)} ago`);
+      if (peer) setText(row.age, id === model.selfId ? "" : seen(now - peer.seen_at));
     }
   }
 
@@ -132,6 +132,12 @@ function fillRow(row, peer, isSelf) {
   setText(row.path, linkWord(peer, isSelf));
   fillChips(row, peer);
   row.text = [name, peer.peer_id, peer.state, row.path.textContent, row.chipsKey].join(" ").toLowerCase();
+}
+
+/** A sighting's age, coarse: two hundred rows must not change every second. */
+function seen(seconds) {
+  if (seconds < 10) return "seen just now";
+  return `seen ${age(seconds < 120 ? Math.floor(seconds / 10) * 10 : seconds)} ago`;
 }
 
 /** How this node reaches the peer. */
