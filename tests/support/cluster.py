@@ -150,6 +150,13 @@ class Node(Process):
         """Names of the peers that this node holds to be online, itself included."""
         return {row["name"] for row in self.peers() if row["online"]}
 
+    def state_of(self, name: str) -> str | None:
+        return next((row["state"] for row in self.peers() if row["name"] == name), None)
+
+    def in_flight(self) -> int:
+        """Requests that this node's own services are serving."""
+        return sum(row["in_flight"] for row in self.peers() if row["peer_id"] == self.peer_id)
+
     def decisions(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.get("/api/decisions")["decisions"]
         return rows
@@ -228,11 +235,13 @@ class Cluster:
         mdns: bool = False,
         netns: str | None = None,
         clock_offset: float = 0.0,
+        max_files: int | None = None,
         env: dict[str, str] | None = None,
     ) -> Node:
         """Start a node without waiting for it, in the network namespace ``netns`` if named.
 
-        Its wall clock is ahead of this machine's by ``clock_offset`` seconds.
+        Its wall clock is ahead of this machine's by ``clock_offset`` seconds; it may have
+        ``max_files`` descriptors open.
         """
         if isinstance(bootstrap, Node):
             bootstrap = bootstrap.addr
@@ -243,9 +252,11 @@ class Cluster:
         argv += ["--state-dir", str(state_dir)]
         if bootstrap is not None:
             argv += ["--bootstrap", bootstrap]
-        more = self._wrong_clock(clock_offset) | (env or {})
-        full_env = self.env(MESHNODE_TOKEN=token or self.token, **more)
-        node = Node([*_within(netns), *argv, *args], full_env)
+        if max_files is not None:
+            argv = ["prlimit", f"--nofile={max_files}:{max_files}", *argv]
+        own = self._wrong_clock(clock_offset) | (env or {})
+        environment = self.env(MESHNODE_TOKEN=token or self.token, **own)
+        node = Node([*_within(netns), *argv, *args], environment)
         node.state_dir = state_dir
         node.netns = netns
         self.processes.append(node)

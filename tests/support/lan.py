@@ -16,6 +16,7 @@ import pytest
 T = TypeVar("T")
 
 _CLONE_NEWNET = 0x40000000
+_OTHER_SIDE = 99  # the segment that hosts are parted to
 
 
 def ip(*args: str) -> None:
@@ -88,6 +89,25 @@ class Lan:
     def addr(self, host: str, segment: int = 0) -> str:
         """The IP address of a host."""
         return f"10.77.{segment}.{self.namespaces.index(host)}"
+
+    def unplug(self, *hosts: str) -> None:
+        """Let nothing come or go any more and tell nobody: a cable cut beyond the next switch."""
+        for name in hosts:
+            ip("-n", self.switch, "link", "set", self._port(name), "nomaster")
+
+    def part(self, *hosts: str) -> None:
+        """Put some hosts of segment 0 behind a bridge of their own: two networks of one."""
+        self._bridge(_OTHER_SIDE)
+        for name in hosts:
+            ip("-n", self.switch, "link", "set", self._port(name), "master", f"br{_OTHER_SIDE}")
+
+    def heal(self, *hosts: str) -> None:
+        """Undo ``unplug`` or ``part``."""
+        for name in hosts:
+            ip("-n", self.switch, "link", "set", self._port(name), "master", "br0")
+
+    def _port(self, name: str) -> str:
+        return f"port{self.namespaces.index(name)}s0"
 
     def close(self) -> None:
         for name in self.namespaces:

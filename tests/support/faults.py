@@ -1,0 +1,134 @@
+"""What the tests of the fault matrix share: figures, a client that never retries, hosts alike."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from time import monotonic
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from support.cluster import Cluster, Node, eventually
+
+
+@dataclass(frozen=True)
+class Figure:
+    what: str
+    value: float
+    unit: str
+    limit: float | None = None
+    is_floor: bool = False  # the value must not be below the limit, instead of above it
+
+    @property
+    def is_met(self) -> bool:
+        if self.limit is None:
+            return True
+        return self.value >= self.limit if self.is_floor else self.value <= self.limit
+
+
+class Figures:
+    """Notes what was measured for the summary, and holds it to its limit."""
+
+    def __init__(self, node: pytest.Item, slack: float) -> None:
+        self._node = node
+        self._slack = slack
+
+    def note(self, what: str, value: float, unit: str) -> None:
+        self._keep(Figure(what, value, unit))
+
+    def at_most(self, what: str, value: float, limit: float, unit: str) -> None:
+        self._keep(Figure(what, value, unit, limit))
+        slack = self._slack if unit in ("s", "ms") else 1.0
+        assert value <= limit * slack, f"{what}: {value:g} {unit}, limit {limit:g}"
+
+    def at_least(self, what: str, value: float, limit: float, unit: str) -> None:
+        self._keep(Figure(what, value, unit, limit, is_floor=True))
+        assert value >= limit, f"{what}: {value:g} {unit}, limit {limit:g}"
+
+    def _keep(self, figure: Figure) -> None:
+        told = asdict(figure) | {"is_met": figure.is_met}
+        self._node.user_properties.append(("figure", told))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How one request went."""
+
+    text: str | None  # the whole answer, or None
+    error: Exception | None
+    took: float  # seconds
+
+
+class Client:
+    """The official client at one entry point; a request that fails is seen to fail."""
+
+    def __init__(self, entry: Node) -> None:
+        self._entry = entry
+
+    def open(self) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=self._entry.base_url, api_key="unused", max_retries=0, timeout=60
+        )
+
+    def ask(self, text: str = "hello", *, max_tokens: int = 4) -> Asked:
+        began = monotonic()
+        try:
+            with (
+                self.open() as client,
+                client.chat.completions.create(
+                    model="demo-model",
+                    messages=[{"role": "user", "content": text}],
+                    max_tokens=max_tokens,
+                    stream=True,
+                ) as stream,
+            ):
+                words = [c.choices[0].delta.content or "" for c in stream if c.choices]
+        except (openai.OpenAIError, httpx.HTTPError) as exc:
+            return Asked(None, exc, monotonic() - began)
+        return Asked("".join(words), None, monotonic() - began)
+
+    def stream(self, text: str = "hello", *, max_tokens: int = 1000) -> Any:
+        """Begin a long answer; closes with its block."""
+        client = self.open()
+        return client.chat.completions.create(
+            model="demo-model",
+            messages=[{"role": "user", "content": text}],
+            max_tokens=max_tokens,
+            stream=True,
+        )
+
+    def ask_many(self, count: int, at_once: int = 8) -> list[Asked]:
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(lambda number: self.ask(f"number {number}"), range(count)))
+
+
+def failures(asked: list[Asked]) -> list[str]:
+    return [repr(one.error) for one in asked if one.error is not None]
+
+
+def wait_for(node: Node, *names: str, within: float = 20) -> None:
+    eventually(lambda: node.online() >= set(names), within=within)
+
+
+def by_peer_id(nodes: list[Node], peer_id: str) -> Node:
+    return next(node for node in nodes if node.peer_id == peer_id)
+
+
+def start_hosts(cluster: Cluster, count: int, *engine_args: str) -> list[Node]:
+    """Equal hosts host0, host1, ... each with an engine of its own, all of one bootstrap."""
+    engines = [cluster.start_engine(f"host{number}", *engine_args) for number in range(count)]
+    nodes: list[Node] = []
+    for number, engine in enumerate(engines):
+        service = f"llm={engine.wait_ready().address}"
+        first = nodes[0] if nodes else None
+        nodes.append(
+            cluster.start_node(
+                f"host{number}", "--vram", "24GiB", "--expose", service, bootstrap=first
+            )
+        )
+        if number == 0:
+            nodes[0].wait_ready()
+    return [node.wait_ready() for node in nodes]
