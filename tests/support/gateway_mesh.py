@@ -149,6 +149,7 @@ class GatewayMesh:
         self.front = self._member("front", self.front_metrics, ())
         self.address: tuple[str, int] = ("", 0)
         self.peers: dict[str, Member] = {}
+        self.ended = trio.Event()  # the gateway has, after its last client
 
     def _member(
         self, name: str, metrics: Metrics, services: Sequence[LocalService], vram: int = 0
@@ -194,8 +195,13 @@ class GatewayMesh:
             settings=settings or GatewaySettings(),
         )
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        self._nursery.start_soon(gateway.serve_forever, listeners)
+        self.served = gateway
+        self._nursery.start_soon(self._serve_clients, listeners)
         self.address = listeners[0].socket.getsockname()[:2]
+
+    async def _serve_clients(self, listeners: list[trio.SocketListener]) -> None:
+        await self.served.serve_forever(listeners)
+        self.ended.set()
 
     async def _start(self, member: Member) -> None:
         await self._nursery.start(member._mesh.run_forever)

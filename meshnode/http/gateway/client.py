@@ -46,6 +46,8 @@ class Client:
         self.limits = limits
         self.scope: trio.CancelScope | None = None  # of the request under way
         self.is_gone = False
+        self.is_last = False  # the request under way, or the next one, is the connection's last
+        self.is_quiet = False  # no byte of a request has come, and none is under way
         self._unread = b""
 
     @property
@@ -83,7 +85,9 @@ class Client:
                     continue
                 if len(data) > 2:
                     check_beginning(data)
+                self.is_quiet = not data
                 more = await self._receive()
+                self.is_quiet = False
                 if not more:
                     if data:
                         raise ClientGone

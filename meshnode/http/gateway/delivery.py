@@ -113,6 +113,7 @@ class Delivery:
         uploading = self._served.upload
         return (
             not self._asked.head.keeps_alive
+            or self._client.is_last
             or delimited_by_close
             # Requests behind this one that nobody waited for: none of them is answered.
             or self._client.has_unread

@@ -88,6 +88,7 @@ class Gateway:
         self._settings = settings
         self._tracer = tracer
         self._watch = GoneWatch()
+        self._open: set[Client] = set()
         self._acceptor = Acceptor(settings.accept, metrics=metrics)
         self._kept_bytes = 0
         self._count_to_client = metrics.tunnel_bytes.labels(direction="to_client").inc
@@ -100,14 +101,19 @@ class Gateway:
         return self._acceptor.clients
 
     def close(self) -> None:
-        """Accept nobody any more; who is connected is served to the end."""
+        """Accept nobody any more; what is under way is served to its end, quiet clients go."""
         self._acceptor.close()
+        for client in self._open:
+            client.is_last = True
+            if client.is_quiet:
+                client.stream.close()
 
     async def serve_forever(self, listeners: Sequence[trio.SocketListener]) -> None:
         """Accept clients until cancelled; then cut those that are left."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch.watch_forever)
             await self._acceptor.serve_forever(self.serve_client, listeners)
+            nursery.cancel_scope.cancel()
 
     async def serve_client(self, socket: trio.SocketStream) -> None:
         """Serve one connection to its end; never raises for what client or peers do."""
@@ -115,6 +121,7 @@ class Gateway:
         client = Client(stream, self._settings.limits)
         fd = socket.socket.fileno()
         self._watch.add(fd, client)
+        self._open.add(client)
         try:
             while await self._serve_request(client):
                 pass
@@ -124,6 +131,7 @@ class Gateway:
             self._count("failed")
             log.exception("client_failed", error=repr(exc))
         finally:
+            self._open.discard(client)
             self._watch.remove(fd, client)
             stream.reset()  # closed already on every way out but an error's or a cancellation's
 
@@ -235,6 +243,11 @@ class _Request:
         finally:
             self._span.end("client_gone")  # unless it ended otherwise
             gateway.keep_bytes(-self._kept)
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether the client's connection ends with this request."""
+        return self._client.is_last or not self._head.keeps_alive
 
     # Who asks
 
@@ -430,7 +443,7 @@ class _Request:
             error=answer.message,
             request_id=self._id.decode(),
         )
-        close = close or not self._body.done or not self._head.keeps_alive
+        close = close or not self._body.done or self._is_last
         lines = self._common_lines()
         if self._settings.response_headers and answer.status >= 500:
             lines.append(b"x-meshnode-reason: " + printable(answer.message))
@@ -445,7 +458,7 @@ class _Request:
         """Answer with a list of the gateway's own."""
         self._gateway._count("complete")
         self._span.end("complete")
-        close = self._head.has_body or not self._head.keeps_alive
+        close = self._head.has_body or self._is_last
         lines = [b"HTTP/1.1 200 OK", b"content-type: application/json"]
         lines += [b"content-length: %d" % len(body), *self._common_lines()]
         if close:
@@ -458,7 +471,7 @@ class _Request:
 
     async def _permit(self, lines: list[bytes]) -> bool:
         self._span.end("complete")
-        close = self._head.has_body or not self._head.keeps_alive
+        close = self._head.has_body or self._is_last
         await self._client.send(
             b"HTTP/1.1 204 No Content\r\n"
             + b"".join(line + b"\r\n" for line in (*lines, *self._id_line()))

@@ -50,7 +50,8 @@ class GoneWatch:
             return
         del self._watched[fd]
         if self._epoll is not None:
-            with contextlib.suppress(OSError):  # closed: the kernel forgot it by itself
+            # Closed: the kernel forgot it by itself. ValueError: the watch has ended before.
+            with contextlib.suppress(OSError, ValueError):
                 self._epoll.unregister(fd)
 
     async def watch_forever(self) -> None:

@@ -379,3 +379,33 @@ async def test_where_the_kernel_can_not_tell_clients_are_looked_at(nursery):
         await served.aclose()
         await listeners[0].aclose()
     nursery.cancel_scope.cancel()
+
+
+async def test_a_gateway_that_closes_finishes_what_runs_and_lets_quiet_clients_go(mesh):
+    go_on = trio.Event()
+
+    async def serve(connection):
+        while (request := await connection.request()) is not None:
+            if b"/slow" in request[0]:
+                await go_on.wait()
+            await connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    with trio.fail_after(LIMIT):
+        await mesh.open()
+        await mesh.served_by(serve)
+        quiet, busy = await mesh.connect(), await mesh.connect()
+        await quiet.send_all(get(close=False))
+        assert (await quiet.receive_some()).endswith(b"ok")
+        await busy.send_all(get("/slow", close=False))
+        await until(lambda: mesh.front.router.own_total == 1)
+
+        mesh.served.close()
+
+        assert await read_to_end(quiet) == b""
+        go_on.set()
+        answer = await read_to_end(busy)
+        assert answer.endswith(b"ok")
+        assert b"\r\nconnection: close\r\n" in answer
+        await busy.aclose()
+        await quiet.aclose()
+        await mesh.ended.wait()
