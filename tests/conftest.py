@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.cluster import Cluster
+from support.lan import Lan
 
 
 @pytest.fixture
@@ -18,6 +19,14 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture
+def lan() -> Iterator[Lan]:
+    """Hosts on local networks of their own, where network namespaces are permitted."""
+    lan = Lan.open_or_skip()
+    yield lan
+    lan.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Plain backends and local networks for each test, cleaned up on every way out."""
+"""Plain backends for each test, cleaned up on every way out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from support.cluster import Backend
-from support.lan import Lan
 
 
 @pytest.fixture
@@ -22,10 +21,3 @@ def backend() -> Iterator[Callable[[Callable[[socket.socket], None]], Backend]]:
     yield make
     for one in made:
         one.close()
-
-
-@pytest.fixture
-def lan() -> Iterator[Lan]:
-    lan = Lan.open_or_skip()
-    yield lan
-    lan.close()

@@ -5,15 +5,11 @@ The Go program is built once; without a Go toolchain or its modules these tests 
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import os
-import queue
 import shutil
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +18,11 @@ import pytest
 
 from meshnode.core import token as tokens
 from support.cluster import Backend, Cluster, Node, answer_with_hash, eventually, read_to_end
+from support.foreign import PATIENCE, ForeignPeer
 
 SOURCE = Path(__file__).resolve().parent / "go"
 # Cold, the compiler takes two minutes of CPU; warm, three seconds.
 BUILD_TIMEOUT = 900
-PATIENCE = 20.0
 
 # Compiling go-libp2p takes minutes where nothing is cached.
 pytestmark = pytest.mark.slow
@@ -53,80 +49,16 @@ def go_program(tmp_path_factory: pytest.TempPathFactory) -> str:
     return target
 
 
-class GoPeer:
-    """One Go member, told what to do by lines of JSON."""
-
-    def __init__(self, program: str, key: bytes, network: str) -> None:
-        self.child = subprocess.Popen(
-            [program, key.hex(), network],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self._events: dict[str, queue.Queue[dict[str, Any]]] = {}
-        self._lock = threading.Lock()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        ready = self.next("ready")
-        self.peer_id, self.addr = str(ready["peer"]), str(ready["addr"])
-
-    def _of(self, event: str) -> queue.Queue[dict[str, Any]]:
-        with self._lock:
-            return self._events.setdefault(event, queue.Queue())
-
-    def _read(self) -> None:
-        assert self.child.stdout is not None
-        for line in self.child.stdout:
-            fields = json.loads(line)
-            self._of(fields["event"]).put(fields)
-
-    def next(self, event: str) -> dict[str, Any]:
-        try:
-            return self._of(event).get(timeout=PATIENCE)
-        except queue.Empty:
-            pytest.fail(f"the Go peer told nothing of {event!r} within {PATIENCE:g} s")
-
-    def hears(self, peer_id: str) -> dict[str, Any]:
-        while True:
-            heard = self.next("heard")
-            assert "error" not in heard, heard
-            if heard["peer"] == peer_id:
-                return heard
-
-    def do(self, what: str, **fields: Any) -> dict[str, Any]:
-        assert self.child.stdin is not None
-        self.child.stdin.write(json.dumps({"do": what} | fields) + "\n")
-        self.child.stdin.flush()
-        return self.next(what)
-
-    def tunnel(self, peer_id: str, service: str, data: bytes, **more: Any) -> dict[str, Any]:
-        text = base64.b64encode(data).decode()
-        return self.do("tunnel", peer=peer_id, service=service, data=text, **more)
-
-    def close(self) -> None:
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        self.child.stdin.close()
-        try:
-            self.child.wait(5)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-            self.child.wait(5)
-        self._reader.join(5)
-        self.child.stdout.close()
-
-
-MakeGo = Callable[..., GoPeer]
+MakeGo = Callable[..., ForeignPeer]
 
 
 @pytest.fixture
 def go_peer(go_program: str, cluster: Cluster) -> Iterator[MakeGo]:
-    made: list[GoPeer] = []
+    made: list[ForeignPeer] = []
 
-    def make(key: bytes | None = None) -> GoPeer:
+    def make(key: bytes | None = None) -> ForeignPeer:
         token = tokens.decode(cluster.token)
-        made.append(GoPeer(go_program, key or token.key, token.network))
+        made.append(ForeignPeer([go_program, (key or token.key).hex(), token.network]))
         return made[-1]
 
     yield make
@@ -165,7 +97,7 @@ def test_a_go_peer_that_dials_is_a_member_like_any_other(
     assert "error" not in dialled, dialled
     print(f"go connected in {dialled['connect_ms']} ms")
 
-    heard = go.hears(ours.peer_id)
+    heard = go.next_of("heard", ours.peer_id)
     assert (heard["name"], heard["services"], heard["vram"]) == ("ours", 1, 8 * 2**30)
     assert ours.addr in heard["addrs"]
     shown = eventually(lambda: row(ours, "gopher"), within=PATIENCE)
@@ -190,7 +122,7 @@ def test_a_go_peer_that_is_dialled_serves_our_clients(cluster: Cluster, go_peer:
     ours = cluster.node("ours", "--proxy", "127.0.0.1:0", *args, bootstrap=go.addr)
     assert go.next("member")["peer"] == ours.peer_id
     eventually(lambda: row(ours, "gopher").get("online"), within=PATIENCE)
-    assert go.hears(ours.peer_id)["name"] == "ours"
+    assert go.next_of("heard", ours.peer_id)["name"] == "ours"
     for size in (0, 10, 2_000_000):
         question = os.urandom(size)
         assert ask(ours, question).decode() == sha(question)
@@ -206,7 +138,7 @@ def test_news_of_a_go_peer_reaches_members_that_it_does_not_know(
     assert "error" not in go.do("dial", addr=first.addr)
     shown = eventually(lambda: row(second, "gopher"), within=PATIENCE)
     assert shown["peer_id"] == go.peer_id
-    assert go.hears(second.peer_id)["name"] == "second"
+    assert go.next_of("heard", second.peer_id)["name"] == "second"
     # The second then makes a link of its own, to the address that go announced.
     eventually(lambda: row(second, "gopher")["connected"], within=PATIENCE)
 

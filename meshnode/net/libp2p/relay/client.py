@@ -96,6 +96,8 @@ class Circuits:
     @property
     def addrs(self) -> tuple[str, ...]:
         """Multiaddrs under which this node is reached through them, ending in its peer ID."""
+        if not self._held:
+            return ()
         return tuple(addr for peer_id in self.reserved for addr in self._held[peer_id].addrs)
 
     async def reserve(self, relay_id: str, *, timeout: float) -> float:
