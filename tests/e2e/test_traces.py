@@ -110,8 +110,8 @@ def test_a_request_is_one_span_that_goes_on_from_its_client_to_its_engine(
         except urllib.error.HTTPError:
             return False  # the model is not known yet
 
-    eventually(served, within=20, every=0.3)
-    eventually(lambda: any("meshnode.tier" in attributes(s) for s in collector.spans), within=30)
+    eventually(served, within=45, every=0.3)
+    eventually(lambda: any("meshnode.tier" in attributes(s) for s in collector.spans), within=45)
     span = next(s for s in collector.spans if "meshnode.tier" in attributes(s))
     assert set(collector.paths) == {"/v1/traces"}
     assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE, SPAN)

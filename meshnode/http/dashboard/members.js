@@ -3,6 +3,7 @@
 import { age, bytes, clean, el, milliseconds, reorder, setAttribute, setText, shortId, words } from "./dom.js";
 
 const MAX_CHIPS = 7; // a row stays two lines; the rest is counted, and stands in the title
+const MANY = 14; // rows that fill the table's part of a screen
 const STATES = ["up", "draining", "suspect", "offline", "left"];
 
 export class Members {
@@ -10,6 +11,7 @@ export class Members {
   #body = document.getElementById("members-body");
   #count = document.getElementById("members-count");
   #empty = document.getElementById("members-empty");
+  #scroll = document.getElementById("members-scroll");
   #find = document.getElementById("find");
   #sort = null;
   #down = false;
@@ -51,6 +53,8 @@ export class Members {
       peers.sort((a, b) => sign * compare(worth(a), worth(b)) || compare(a.peer_id, b.peer_id));
     }
     reorder(this.#body, peers.map((peer) => this.#rows.get(peer.peer_id).row));
+    // A height of its own keeps what changes in it from moving the rest of the page.
+    this.#scroll.classList.toggle("many", peers.length > MANY);
     const more = model.total > model.peers.size ? `; ${model.total - model.peers.size} more: meshnode peers` : "";
     setText(this.#count, wanted ? `${peers.length} of ${model.peers.size}` : `${model.peers.size} known${more}`);
     this.#empty.hidden = peers.length > 0 || model.peers.size === 0;
