@@ -21,8 +21,8 @@ from meshnode.net.tunnel_stream import TunnelStream
 MAX_KEPT = 64
 # And for all of them together. Each holds a stream of its connection, and a descriptor over there.
 MAX_KEPT_IN_ALL = 1024
-# Well below the 300 s after which the other side closes a quiet tunnel, so that none is asked
-# while it is being closed.
+# Well below the 15 minutes after which the other side closes a quiet tunnel, so that none is
+# asked while it is being closed.
 KEEP_FOR = 60.0  # seconds
 _SWEEP_INTERVAL = 10.0  # seconds
 

@@ -36,8 +36,6 @@ from meshnode.net.tcp_stream import TcpStream
 
 # For the first request's header, once the stream stands; it comes with the first bytes.
 _HEADER_TIMEOUT = 3.0  # seconds
-# Between two requests. Longer than diallers keep a quiet tunnel, so that it is theirs to close.
-_QUIET_TIMEOUT = 300.0  # seconds
 # The idle deadline moves at most this often: moving it for every chunk costs more than it tells.
 _DEADLINE_STEP = 1.0  # seconds
 _READ_BYTES = 64 * 1024
@@ -63,7 +61,8 @@ class ServedTunnel:
 
     Args:
         free_vram: this host's free GPU memory in bytes; None while unknown.
-        idle_timeout: seconds of an open request without a byte either way.
+        idle_timeout: seconds without a byte either way, and without a request. Longer than
+            diallers keep a quiet tunnel, so that it is theirs to close.
     """
 
     def __init__(
@@ -146,7 +145,7 @@ class ServedTunnel:
         self.requests += 1
         self._asker_ended = False
         self._answer_ended = trio.Event()
-        self._scope.deadline = trio.current_time() + self._idle_timeout
+        self._touch()
         service_id = request.service_id
         status, message = self._services.admit(service_id), ""
         if status == "ok":
@@ -205,7 +204,7 @@ class ServedTunnel:
         self._claim.close()
         if self._backend is not None and not self._backend.is_reusable:
             self._drop_backend()
-        self._scope.deadline = trio.current_time() + _QUIET_TIMEOUT
+        self._touch()
 
     def _drop_backend(self) -> None:
         backend, self._backend = self._backend, None

@@ -7,6 +7,7 @@ loopback, under the page's own name too (DNS rebinding), so names and origins ar
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 
 from meshnode.http.gateway.answers import Answer
 from meshnode.http.gateway.heads import RequestHead
@@ -86,6 +87,7 @@ def _name_of(host: str) -> str:
     return host.partition(":")[0]
 
 
+@lru_cache(maxsize=256)  # clients say the same few names, request after request
 def _is_this_machine(name: str) -> bool:
     name = name.lower().rstrip(".")
     if name in _LOOPBACK_NAMES or name.endswith(".localhost"):

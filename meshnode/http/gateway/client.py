@@ -92,7 +92,8 @@ class Client:
                     if data:
                         raise ClientGone
                     return None
-                if not data:
+                # A whole head, as nearly all come, needs no other deadline.
+                if not data and b"\r\n\r\n" not in more:
                     scope.deadline = trio.current_time() + limits.head_timeout
                 data += more
             self._unread = data[end + 4 :]
