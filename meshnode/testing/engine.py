@@ -47,6 +47,14 @@ from meshnode.testing.openai_shapes import (
     embedding,
     error_body,
 )
+from meshnode.testing.other_shapes import (
+    AnthropicAnswer,
+    MessagesRequest,
+    OllamaAnswer,
+    OllamaChatRequest,
+    OllamaGenerateRequest,
+    OllamaText,
+)
 
 GIB = 1024**3
 SHUTDOWN_LIMIT = 1.0  # seconds from a signal to the end of the process
@@ -132,6 +140,11 @@ class Engine:
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._complete, methods=["POST"]),
                 Route("/v1/embeddings", self._embed, methods=["POST"]),
+                Route("/v1/messages", self._message, methods=["POST"]),
+                Route("/api/chat", self._ollama_chat, methods=["POST"]),
+                Route("/api/generate", self._ollama_generate, methods=["POST"]),
+                Route("/api/embed", self._ollama_embed, methods=["POST"]),
+                Route("/api/show", self._show, methods=["POST"]),
             ],
             exception_handlers={_RequestError: self._refuse, HTTPException: self._refuse},
         )
@@ -162,6 +175,25 @@ class Engine:
 
     async def _complete(self, request: Request) -> Response:
         return self._generate(TEXT, await self._parse(request, CompletionRequest))
+
+    async def _message(self, request: Request) -> Response:
+        return self._generate(CHAT, await self._parse(request, MessagesRequest), AnthropicAnswer)
+
+    async def _ollama_chat(self, request: Request) -> Response:
+        return self._generate(CHAT, await self._parse(request, OllamaChatRequest), OllamaAnswer)
+
+    async def _ollama_generate(self, request: Request) -> Response:
+        return self._generate(TEXT, await self._parse(request, OllamaGenerateRequest), OllamaText)
+
+    async def _ollama_embed(self, request: Request) -> Response:
+        body = await self._parse(request, EmbeddingRequest)
+        with self.stats.serving():
+            vectors = [embedding(text, "float") for text in body.inputs()]
+        return self._reply({"model": body.model, "embeddings": vectors})
+
+    async def _show(self, request: Request) -> Response:
+        body = await self._parse(request, ModelRequest)
+        return self._reply({"modelfile": f"FROM {body.model}", "details": {}, "model_info": {}})
 
     async def _embed(self, request: Request) -> Response:
         body = await self._parse(request, EmbeddingRequest)
@@ -207,11 +239,13 @@ class Engine:
             )
         return body
 
-    def _generate(self, shape: Shape, body: GenerateRequest) -> Response:
+    def _generate(
+        self, shape: Shape, body: GenerateRequest, kind: type[Answer] = Answer
+    ) -> Response:
         self._asked += 1
         limit = body.limit
         count = self.options.tokens if limit is None else min(limit, self.options.tokens)
-        answer = Answer(
+        answer = kind(
             shape=shape,
             number=self._asked,
             model=body.model,
@@ -271,7 +305,7 @@ class _Generation(Response):
 
     async def _send_stream(self, send: Send) -> None:
         headers = {
-            "content-type": "text/event-stream",
+            "content-type": self._answer.media_type,
             "cache-control": "no-cache",
             **self._engine.headers,
         }

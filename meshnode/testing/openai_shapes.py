@@ -137,6 +137,8 @@ TEXT = Shape(
 class Answer:
     """One answer, decided before its first word is sent."""
 
+    media_type = "text/event-stream"  # of a streamed one
+
     shape: Shape
     number: int
     model: str
