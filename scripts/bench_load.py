@@ -13,10 +13,13 @@ import heapq
 import itertools
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import mean, median
 
 from meshnode.core.ledger import Ledger
@@ -181,12 +184,23 @@ def measure(
     return Row(entries, hosts, signals, round(imbalance, 3), sum(run.requests for run in runs))
 
 
+def _real_rows() -> list[Row]:
+    """Measure 4 hosts of real processes behind 1 and 3 entry points; takes a minute and a half."""
+    script = Path(__file__).with_name("bench_load_real.py")
+    done = subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE)
+    return [
+        Row(row["entries"], row["hosts"], "processes", row["imbalance"], row["requests"])
+        for row in json.loads(done.stdout)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="scripts/bench load")
     parser.add_argument("--hosts", type=int, default=8)
     parser.add_argument("--per-host", type=float, default=4.0, metavar="N")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--real", action="store_true", help="also 1 and 3 entries as processes")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows = [
@@ -201,6 +215,7 @@ def main() -> None:
         for entries in (1, 3, 8)
         for signals in SIGNALS
     ]
+    rows += _real_rows() if options.real else []
     if options.json:
         print(json.dumps({"schema_version": 1, "rows": [asdict(row) for row in rows]}))
         return
