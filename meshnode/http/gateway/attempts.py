@@ -219,6 +219,8 @@ class Attempts:
                 if asked.upload is not None:
                     uploading = await self._start_upload(asked.upload, exchange)
                 head, body, first = await self._read_head(exchange)
+                if asked.is_inference and asked.may_repeat and not first:
+                    first = await self._read_first(exchange, body)
             if waiting.cancelled_caught:
                 raise trio.TooSlowError if accepted_at is None else FirstByteTimeout
         except BaseException as failure:  # noqa: BLE001 - it is raised again, or what it means
@@ -280,6 +282,23 @@ class Attempts:
         except BodyError as exc:
             raise _bad_answer(str(exc)) from exc
         return head, body, first
+
+    async def _read_first(self, exchange: Exchange, body: Body) -> bytes:
+        """Return the first payload, or nothing where there is none.
+
+        Many engines send their head when a request has come, long before its first token: until
+        that token another peer can still serve the request, if the client has seen nothing.
+        """
+        try:
+            while not body.done:
+                data = await exchange.receive_some()
+                if not data:
+                    body.finish()
+                elif payload := body.feed(data):
+                    return payload
+        except BodyError as exc:
+            raise _bad_answer(str(exc)) from exc
+        return b""
 
     async def _why_elsewhere(self, served: Served) -> str | None:
         """Return why another peer should be asked, if that may be done; a word for a metric."""

@@ -85,6 +85,76 @@ async def test_a_peer_that_can_not_serve_costs_the_client_nothing(mesh, bad, rea
         assert mesh.front.router.own_total == 0
 
 
+def head_and_then(ending):
+    """An engine that says 200 as soon as it is asked, and has nothing to say then."""
+
+    async def serve(connection):
+        if await connection.request() is not None:
+            await connection.send(b"HTTP/1.1 200 OK\r\n" + EVENTS + b"\r\n\r\n")
+            await ending(connection)
+
+    return serve
+
+
+async def cut_at_once(connection):
+    connection.cut()
+
+
+async def end_at_once(connection):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"), [(cut_at_once, "reset"), (end_at_once, "bad_answer")]
+)
+async def test_a_head_alone_is_no_beginning_and_another_peer_is_asked(mesh, ending, reason):
+    with trio.fail_after(LIMIT):
+        await mesh.open()
+        await mesh.served_by(head_and_then(ending), "bad", vram=9)
+        await mesh.served_by(answering(b"good"), "good", vram=1)
+        answer = await exchange(mesh, chat())
+        assert answer.endswith(b"good")
+        assert answer.count(b"HTTP/1.1 ") == 1
+        assert mesh.counted("retries_total", reason=reason) == 1
+
+
+async def test_an_engine_that_sends_a_head_and_hangs_is_a_504(mesh):
+    async def hang_on(connection):
+        await connection.until_gone()
+
+    with trio.fail_after(LIMIT):
+        await mesh.open(settings=GatewaySettings(first_byte_timeout=0.3))
+        engine = await mesh.served_by(head_and_then(hang_on))
+        answer = await exchange(mesh, chat())
+        assert answer.startswith(b"HTTP/1.1 504 ")
+        await engine.gone.wait()
+        assert mesh.front.router.own_total == 0
+
+
+async def test_the_head_of_what_can_not_be_repeated_is_passed_on_at_once(mesh):
+    async def hang_on(connection):
+        await connection.until_gone()
+
+    with trio.fail_after(LIMIT):
+        await mesh.open()
+        await mesh.served_by(head_and_then(hang_on))
+        async with await mesh.connect() as client:
+            await client.send_all(post("/api/pull", b'{"model":"m"}'))
+            assert (await client.receive_some()).startswith(b"HTTP/1.1 200 OK")
+
+
+async def test_an_answer_without_a_byte_of_body_is_an_answer(mesh):
+    async def end_it(connection):
+        await trio.sleep(0.05)
+        await connection.send(b"0\r\n\r\n")
+
+    with trio.fail_after(LIMIT):
+        await mesh.open()
+        await mesh.served_by(head_and_then(end_it))
+        answer = await exchange(mesh, chat())
+        assert answer.startswith(b"HTTP/1.1 200 OK") and answer.endswith(b"\r\n\r\n0\r\n\r\n")
+
+
 async def test_a_refusing_backend_and_a_draining_peer_cost_the_client_nothing(mesh):
     with trio.fail_after(LIMIT):
         await mesh.open()
