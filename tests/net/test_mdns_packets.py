@@ -286,7 +286,7 @@ def test_an_answer_cut_anywhere_never_raises():
     assert found(data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_an_answer_with_any_bytes_changed_never_raises(data):
     packet = bytearray(whole())
@@ -295,7 +295,7 @@ def test_an_answer_with_any_bytes_changed_never_raises(data):
     packets.parse(bytes(packet), SERVICE)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200), st.binary(max_size=200))
 def test_garbage_around_the_service_name_never_raises(before, after):
     packets.parse(before + SERVICE.label.encode() + after, SERVICE)
