@@ -15,8 +15,7 @@ import pytest
 from support.cluster import Cluster, Node, eventually
 from support.faults import Client, Figures, by_peer_id, failures, start_hosts, wait_for
 
-# A request that waited for a dead peer's first byte may take as long as it takes to notice.
-SLOW_ENGINE = ("--tokens-per-second", "40")
+SLOW_ENGINE = ("--tokens-per-second", "40", "--tokens", "1000")
 
 
 def test_kill_9_of_the_serving_peer_in_mid_stream(cluster: Cluster, figures: Figures) -> None:
@@ -52,24 +51,30 @@ def _kill_soon(victim: Node) -> list[float]:
 def test_kill_9_of_the_serving_peer_before_the_first_byte(
     cluster: Cluster, figures: Figures
 ) -> None:
-    # The engines think for half a second, and their hosts die meanwhile, one after another.
-    hosts = start_hosts(cluster, 5, "--first-token-delay", "0.5")
+    # The engine thinks for half a second, and its hosts die meanwhile, one after another.
+    hosts = start_hosts(cluster, 5, "--first-token-delay", "0.5", engines=1)
     entry = cluster.entry(hosts[0])
     wait_for(entry, *(f"host{number}" for number in range(5)))
     client = Client(entry)
     with ThreadPoolExecutor(10) as pool:
-        asked = [pool.submit(client.ask, f"number {number}") for number in range(100)]
+        asked = [pool.submit(client.ask, f"number {number}", max_tokens=1) for number in range(100)]
         for victim in hosts[1:4]:
-            sleep(0.8)
+            sleep(0.5)
+            eventually(lambda serving=victim: serving.in_flight() > 0, within=10)
             victim.kill()
         answers = [one.result() for one in asked]
-    assert failures(answers) == []
-    figures.at_most("of 100 requests failed", len(failures(answers)), 0, "")
+    # The only token and the end leave together: who has the one and not the other was cut.
+    begun = [one for one in answers if one.error is not None and one.words]
+    assert [one for one in answers if one.error is not None and not one.words] == []
+    again = sum(row["outcome"] not in ("complete", None) for row in entry.decisions())
+    assert again > 0, "some were at a victim when it died"
+    figures.at_most("of 100 requests failed", len(failures(answers)) - len(begun), 0, "")
+    figures.note("were begun again elsewhere", again, "")
     figures.note("the slowest took", max(one.took for one in answers), "s")
 
 
 def test_kill_9_of_the_bootstrap(cluster: Cluster, figures: Figures) -> None:
-    hosts = start_hosts(cluster, 4)
+    hosts = start_hosts(cluster, 4, engines=1)
     entry = cluster.entry(hosts[0])
     wait_for(entry, "host1", "host2", "host3")
     hosts[0].kill()
@@ -86,7 +91,7 @@ def test_kill_9_of_the_bootstrap(cluster: Cluster, figures: Figures) -> None:
 
 
 def test_30_percent_killed_at_once(cluster: Cluster, figures: Figures) -> None:
-    hosts = start_hosts(cluster, 10)
+    hosts = start_hosts(cluster, 10, engines=1)
     entry = cluster.entry(hosts[0])
     wait_for(entry, *(f"host{number}" for number in range(10)), within=40)
     client = Client(entry)
@@ -111,7 +116,7 @@ def test_30_percent_killed_at_once(cluster: Cluster, figures: Figures) -> None:
 
 @pytest.mark.parametrize("seconds", [5, 10])
 def test_sigstop_of_the_serving_peer(cluster: Cluster, figures: Figures, seconds: int) -> None:
-    hosts = start_hosts(cluster, 3)
+    hosts = start_hosts(cluster, 3, engines=1)
     entry = cluster.entry(hosts[0])
     wait_for(entry, "host0", "host1", "host2")
     client = Client(entry)
@@ -137,7 +142,7 @@ def test_sigstop_of_the_serving_peer(cluster: Cluster, figures: Figures, seconds
 
 
 def test_a_stop_of_three_seconds_evicts_nobody(cluster: Cluster) -> None:
-    hosts = start_hosts(cluster, 3)
+    hosts = start_hosts(cluster, 3, engines=1)
     wait_for(hosts[0], "host1", "host2")
     hosts[1].signal(signal.SIGSTOP)
     try:
@@ -154,6 +159,8 @@ def test_sigterm_with_three_live_streams(cluster: Cluster, figures: Figures) -> 
     hosts = start_hosts(cluster, 2, *SLOW_ENGINE)
     entry = cluster.entry(hosts[0])
     wait_for(entry, "host0", "host1")
+    # A newcomer gets one request at a time until three have gone well.
+    assert failures(Client(entry).ask_many(20, 2)) == []
     answers: list[int] = []
 
     def read_whole() -> None:
@@ -178,11 +185,12 @@ def test_sigterm_with_three_live_streams(cluster: Cluster, figures: Figures) -> 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_50_nodes_restarted_at_once(cluster: Cluster, figures: Figures) -> None:
     first = cluster.node("n0")
     port = first.addr.split("/")[4]
     nodes = [cluster.start_node(f"n{number}", bootstrap=first) for number in range(1, 50)]
-    nodes = [first, *(node.wait_ready() for node in nodes)]
+    nodes = [first, *(node.wait_ready(within=200) for node in nodes)]
     everybody = {f"n{number}" for number in range(50)}
     eventually(lambda: all(node.online() == everybody for node in nodes), within=120, every=0.5)
     bootstrap, listen = first.addr, f"/ip4/127.0.0.1/tcp/{port}"
@@ -193,7 +201,7 @@ def test_50_nodes_restarted_at_once(cluster: Cluster, figures: Figures) -> None:
     again = [cluster.start_node("n0", listen=listen)]
     again += [cluster.start_node(f"n{number}", bootstrap=bootstrap) for number in range(1, 50)]
     for node in again:
-        node.wait_ready()
+        node.wait_ready(within=200)
     up_at = monotonic()
     eventually(lambda: all(node.online() == everybody for node in again), within=60, every=0.2)
     figures.at_most("all 50 know all, after the last was up", monotonic() - up_at, 10, "s")

@@ -27,9 +27,10 @@ def cluster(lan: Lan, tmp_path: Path):
 def start(cluster: Cluster, lan: Lan, count: int) -> tuple[list[str], list[Node]]:
     """Hosts n0, n1, ... each in a namespace, each exposing an engine and serving a proxy."""
     spaces = [lan.host() for _ in range(count)]
+    engines = [cluster.start_engine(f"n{n}", netns=netns) for n, netns in enumerate(spaces)]
     nodes: list[Node] = []
-    for number, netns in enumerate(spaces):
-        engine = cluster.start_engine(f"n{number}", netns=netns).wait_ready()
+    for number, (netns, engine) in enumerate(zip(spaces, engines, strict=True)):
+        engine.wait_ready()
         nodes.append(
             cluster.start_node(
                 f"n{number}",
@@ -37,8 +38,11 @@ def start(cluster: Cluster, lan: Lan, count: int) -> tuple[list[str], list[Node]
                 bootstrap=_addr(nodes[0]) if nodes else None,
                 listen=LISTEN,
                 netns=netns,
-            ).wait_ready()
+            )
         )
+        nodes[0].wait_ready()
+    for node in nodes:
+        node.wait_ready()
     everybody = {f"n{number}" for number in range(count)}
     eventually(lambda: all(node.online() == everybody for node in nodes), within=40)
     return spaces, nodes
@@ -49,7 +53,7 @@ def _addr(node: Node) -> str:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 def test_a_partition_of_a_minute_that_heals(cluster: Cluster, lan: Lan, figures: Figures) -> None:
     spaces, nodes = start(cluster, lan, 6)
     lan.part(*spaces[3:])

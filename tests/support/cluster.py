@@ -71,9 +71,9 @@ class Process:
         if lines is self.out:
             self._first_line.set()
 
-    def first_line(self) -> dict[str, Any]:
+    def first_line(self, within: float = READY_TIMEOUT) -> dict[str, Any]:
         """The ready line, as JSON."""
-        if not self._first_line.wait(READY_TIMEOUT) or not self.out:
+        if not self._first_line.wait(within) or not self.out:
             pytest.fail(f"{' '.join(self.argv)} is not ready:\n" + "\n".join(self.err))
         ready: dict[str, Any] = json.loads(self.out[0])
         return ready
@@ -110,8 +110,8 @@ class Node(Process):
     state_dir: Path
     netns: str | None = None  # the network namespace it runs in, if not this process's
 
-    def wait_ready(self) -> Node:
-        self.ready = self.first_line()
+    def wait_ready(self, within: float = READY_TIMEOUT) -> Node:
+        self.ready = self.first_line(within)
         return self
 
     @property
