@@ -55,6 +55,7 @@ from meshnode.testing.other_shapes import (
     OllamaGenerateRequest,
     OllamaText,
 )
+from meshnode.testing.prefill import PrefixCache
 
 GIB = 1024**3
 SHUTDOWN_LIMIT = 1.0  # seconds from a signal to the end of the process
@@ -75,6 +76,7 @@ class EngineOptions:
     tokens: int = 24  # words per answer, unless the request wants fewer
     tokens_per_second: float = 200.0  # 0 = all at once
     first_token_delay: float = 0.0  # seconds
+    prefill_tokens_per_second: float = 0.0  # of what its prefix cache lacks; 0 = at once
     fail_with: int = 0  # an HTTP status that answers every POST; 0 = none
     host: str = "127.0.0.1"
     port: int = 0
@@ -94,6 +96,8 @@ class EngineStats:
     cancelled: int = 0  # the reader went away before the end
     failed: int = 0  # answered with an error
     tokens: int = 0  # generated, those of cancelled answers too
+    prompt_tokens: int = 0  # of those prompts whose reading was waited for
+    cached_tokens: int = 0  # of them, those that its prefix cache had
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -128,6 +132,9 @@ class Engine:
         self.options = options
         self.stats = EngineStats()
         self._asked = 0
+        self._cache = PrefixCache()
+        # A GPU that reads two prompts at once takes twice as long for each.
+        self._reading = trio.Lock()
 
     def app(self) -> Starlette:
         return Starlette(
@@ -243,6 +250,7 @@ class Engine:
         self, shape: Shape, body: GenerateRequest, kind: type[Answer] = Answer
     ) -> Response:
         self._asked += 1
+        prompt = body.prompt_text().split()
         limit = body.limit
         count = self.options.tokens if limit is None else min(limit, self.options.tokens)
         answer = kind(
@@ -251,11 +259,28 @@ class Engine:
             model=body.model,
             engine=self.options.name,
             pieces=answer_words(self.options, body.model, count),
-            prompt_tokens=len(body.prompt_text().split()),
+            prompt_tokens=len(prompt),
             finish_reason="length" if count < self.options.tokens else "stop",
             usage_wanted=body.usage_wanted,
         )
-        return _Generation(self, answer, stream=body.stream)
+        return _Generation(self, answer, prompt, stream=body.stream)
+
+    async def read(self, model: str, prompt: Sequence[str]) -> None:
+        """Take as long as an engine takes for what its prefix cache lacks of the prompt."""
+        rate = self.options.prefill_tokens_per_second
+        if not rate:
+            return
+        async with self._reading:
+            cached = self._cache.cached(model, prompt)
+            await trio.sleep((len(prompt) - cached) / rate)
+            self._cache.keep(model, prompt)
+        self.stats.prompt_tokens += len(prompt)
+        self.stats.cached_tokens += cached
+
+    def keep(self, model: str, prompt: Sequence[str], answer: Sequence[str]) -> None:
+        """Have an answer in the cache too: the next turn of its conversation begins with it."""
+        if self.options.prefill_tokens_per_second:
+            self._cache.keep(model, [*prompt, *"".join(answer).split()])
 
     def _reply(self, body: object, status: int = 200) -> Response:
         return JSONResponse(body, status, headers=self.headers)
@@ -288,10 +313,13 @@ class _Generation(Response):
     ends whenever it is collected, and the counts must be right at once.
     """
 
-    def __init__(self, engine: Engine, answer: Answer, *, stream: bool) -> None:
+    def __init__(
+        self, engine: Engine, answer: Answer, prompt: Sequence[str], *, stream: bool
+    ) -> None:
         super().__init__()
         self._engine = engine
         self._answer = answer
+        self._prompt = prompt
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -312,21 +340,27 @@ class _Generation(Response):
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         with self._engine.stats.serving():
             await send({"type": "http.response.start", "status": 200, "headers": raw})
-            started = trio.current_time()
+            started = await self._read_prompt()
             for index in range(len(self._answer.pieces)):
                 await self._wait_for_token(started, index)
                 chunk = self._answer.chunk(index)
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            self._engine.keep(self._answer.model, self._prompt, self._answer.pieces)
         # Counted before its last bytes: who has read [DONE] may ask for the counts at once.
         await send({"type": "http.response.body", "body": self._answer.end()})
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._engine.stats.serving():
-            started = trio.current_time()
+            started = await self._read_prompt()
             for index in range(len(self._answer.pieces)):
                 await self._wait_for_token(started, index)
+            self._engine.keep(self._answer.model, self._prompt, self._answer.pieces)
         response = JSONResponse(self._answer.whole(), headers=self._engine.headers)
         await response(scope, receive, send)
+
+    async def _read_prompt(self) -> float:
+        await self._engine.read(self._answer.model, self._prompt)
+        return trio.current_time()
 
     async def _wait_for_token(self, started: float, index: int) -> None:
         options = self._engine.options
@@ -404,6 +438,12 @@ def _parse_options(argv: Sequence[str] | None) -> EngineOptions:
         "--tokens-per-second", type=float, default=default.tokens_per_second, help="0: all at once"
     )
     parser.add_argument("--first-token-delay", type=float, default=0.0, help="seconds")
+    parser.add_argument(
+        "--prefill-tokens-per-second",
+        type=float,
+        default=default.prefill_tokens_per_second,
+        help="how fast it reads what its prefix cache lacks of a prompt; 0: at once",
+    )
     parser.add_argument("--fail-with", type=int, default=0, help="HTTP status for every POST")
     parser.add_argument("--host", default=default.host)
     parser.add_argument("--port", type=int, default=0, help="0: any free port")
@@ -416,6 +456,7 @@ def _parse_options(argv: Sequence[str] | None) -> EngineOptions:
         tokens=args.tokens,
         tokens_per_second=args.tokens_per_second,
         first_token_delay=args.first_token_delay,
+        prefill_tokens_per_second=args.prefill_tokens_per_second,
         fail_with=args.fail_with,
         host=args.host,
         port=args.port,
