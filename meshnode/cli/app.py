@@ -3,29 +3,60 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from meshnode import __version__
-from meshnode.cli import (
-    demo,
-    doctor,
-    drain,
-    forward,
-    gpus,
-    ping,
-    queries,
-    settings,
-    swarm,
-    token,
-    token_rotate,
-    top,
-    up,
-)
 
 _COMPLETION_VARIABLE = "_MESHNODE_COMPLETE"
+
+
+# What stands behind such a verb is read as meshnode up would read it.
+_FLAGS_OF_UP = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@dataclass(frozen=True, slots=True)
+class _Verb:
+    """One verb, and where its function stands; it is loaded only where it is asked for."""
+
+    name: str
+    place: str  # module.function in this package
+    short_help: str
+    takes_flags_of_up: bool = False
+
+    def load(self) -> Callable[..., None]:
+        module, _, function = self.place.partition(".")
+        loaded: Callable[..., None] = getattr(import_module(f"meshnode.cli.{module}"), function)
+        return loaded
+
+
+_VERBS = (
+    _Verb("up", "up.up", "Run a node until it is told to stop."),
+    _Verb("status", "queries.status", "Show what this node is and does."),
+    _Verb("peers", "queries.peers", "Show every node of the mesh."),
+    _Verb("explain", "queries.explain", "Show who would serve a request, and why."),
+    _Verb("top", "top.top", "Watch the mesh and its decisions live."),
+    _Verb("ping", "ping.ping", "Measure round trips to a peer."),
+    _Verb("forward", "forward.forward", "Open a local port for each peer."),
+    _Verb("gpus", "gpus.gpus", "Show what this host's GPUs say."),
+    _Verb("drain", "drain.drain", "Finish what runs, then leave."),
+    _Verb("doctor", "doctor.doctor", "Find out what a node lacks here.", takes_flags_of_up=True),
+    _Verb("demo", "demo.demo", "Show a whole mesh on this machine."),
+    _Verb("swarm", "swarm.swarm", "Run many nodes in one process."),
+)
+_TOKEN_VERBS = (
+    _Verb("new", "token.new", "Print a new token."),
+    _Verb("show", "token.show", "Show what a token says, never its key."),
+    _Verb("rotate", "token_rotate.rotate", "Change a network's key while nodes run."),
+)
+_CONFIG_VERBS = (
+    _Verb("show", "settings.show", "Show every setting, and its source.", takes_flags_of_up=True),
+    _Verb("check", "settings.check", "Say whether the settings hold.", takes_flags_of_up=True),
+)
 
 
 def invoke(argv: Sequence[str]) -> int:
@@ -47,32 +78,33 @@ def build_app(argv: Sequence[str]) -> typer.Typer:
     completing = _COMPLETION_VARIABLE in os.environ
     app = _group(bare=completing or not argv or argv[0].startswith("-"))
     app.callback()(_options)
-    app.command("up", short_help="Run a node until it is told to stop.")(up.up)
-    app.command("status", short_help="Show what this node is and does.")(queries.status)
-    app.command("peers", short_help="Show every node of the mesh.")(queries.peers)
-    app.command("explain", short_help="Show who would serve a request, and why.")(queries.explain)
-    app.command("top", short_help="Watch the mesh and its decisions live.")(top.top)
-    app.command("ping", short_help="Measure round trips to a peer.")(ping.ping)
-    app.command("forward", short_help="Open a local port for each peer.")(forward.forward)
-    app.command("gpus", short_help="Show what this host's GPUs say.")(gpus.gpus)
-    app.command("drain", short_help="Finish what runs, then leave.")(drain.drain)
-    app.command(
-        "doctor",
-        short_help="Find out what a node lacks here.",
-        context_settings=settings.FLAGS_OF_UP,
-    )(doctor.doctor)
-    app.command("demo", short_help="Show a whole mesh on this machine.")(demo.demo)
-    app.command("swarm", short_help="Run many nodes in one process.")(swarm.swarm)
-    tokens = _group(bare=completing or len(argv) < 2 or argv[1].startswith("-"), nested=True)
-    tokens.command("new")(token.new)
-    tokens.command("show")(token.show)
-    tokens.command("rotate")(token_rotate.rotate)
-    app.add_typer(tokens, name="token", help="Make a token, or see what one says.")
-    configs = _group(bare=completing or len(argv) < 2 or argv[1].startswith("-"), nested=True)
-    configs.command("show", context_settings=settings.FLAGS_OF_UP)(settings.show)
-    configs.command("check", context_settings=settings.FLAGS_OF_UP)(settings.check)
-    app.add_typer(configs, name="config", help="See what the settings are, and if they hold.")
+    _add(app, _VERBS, argv[:1], everything=completing)
+    for name, verbs, about in (
+        ("token", _TOKEN_VERBS, "Make a token, or see what one says."),
+        ("config", _CONFIG_VERBS, "See what the settings are, and if they hold."),
+    ):
+        nested = _group(bare=completing or len(argv) < 2 or argv[1].startswith("-"), nested=True)
+        wanted = argv[1:2] if argv[:1] == [name] else []
+        _add(nested, verbs, wanted, everything=completing)
+        app.add_typer(nested, name=name, help=about)
     return app
+
+
+def _add(
+    group: typer.Typer, verbs: Sequence[_Verb], wanted: Sequence[str], *, everything: bool
+) -> None:
+    """Add all verbs, and load those alone that may be run."""
+    for verb in verbs:
+        run = verb.load() if everything or verb.name in wanted else _only_listed
+        group.command(
+            verb.name,
+            short_help=verb.short_help,
+            context_settings=_FLAGS_OF_UP if verb.takes_flags_of_up else None,
+        )(run)
+
+
+def _only_listed() -> None:
+    """Stand for a verb that this command line does not name."""
 
 
 def _group(*, bare: bool, nested: bool = False) -> typer.Typer:

@@ -13,8 +13,6 @@ from meshnode.cli.up import flags_of, read_settings, up
 from meshnode.config import Config, check_together, field_names
 from meshnode.errors import MeshnodeError
 
-# Whatever stands behind the verb is read as meshnode up would read it.
-FLAGS_OF_UP = {"allow_extra_args": True, "ignore_unknown_options": True}
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _COLUMNS = ("SETTING", "VALUE", "FROM")
