@@ -30,9 +30,10 @@ def route(others: Iterable[BaseRoute]) -> Route:
     return Route(PATH, answer, methods=["GET"])
 
 
-def document(served: Iterable[str]) -> dict[str, object]:
-    """Return the OpenAPI document of those paths that are served."""
-    there = set(served)
+def document(served: Iterable[str] | None = None) -> dict[str, object]:
+    """Return the OpenAPI document of those paths that are served; by default of all there are."""
+    paths = _paths()
+    there = set(paths if served is None else served)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -41,7 +42,7 @@ def document(served: Iterable[str]) -> dict[str, object]:
             "description": "What one node says of itself and of the mesh as it knows it.",
         },
         "security": [{}, {"key": []}],
-        "paths": {path: item for path, item in _paths().items() if path in there},
+        "paths": {path: item for path, item in paths.items() if path in there},
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             "schemas": _SCHEMAS,
