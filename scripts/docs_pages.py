@@ -130,15 +130,23 @@ def verbs() -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield each verb's words and its parser."""
     from meshnode.cli.app import build_app
 
-    def below(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    def found(words: tuple[str, ...]) -> Any:
+        # A verb is loaded only by a command line that names it.
+        command: Any = typer.main.get_command(build_app(list(words) or ["--help"]))
+        for word in words:
+            command = command.commands[word]
+        return command
+
+    def below(words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+        command = found(words)
         inner: Mapping[str, Any] | None = getattr(command, "commands", None)
         if inner is None:
             yield words, command
             return
-        for name, each in inner.items():
-            yield from below((*words, name), each)
+        for name in inner:
+            yield from below((*words, name))
 
-    yield from below((), typer.main.get_command(build_app(["--help"])))
+    yield from below(())
 
 
 def metrics() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import re
 import subprocess
 import sys
@@ -72,6 +73,22 @@ def test_every_protocol_metric_and_setting_has_its_place(site: Path) -> None:
             assert next(iter(metric.describe())).name in metrics
     settings = (site / "generated/settings/index.html").read_text()
     assert [name for name in field_names() if f"<code>{name}</code>" not in settings] == []
+
+
+def test_the_command_line_is_shown_as_help_prints_it(site: Path) -> None:
+    page = html.unescape((site / "generated/commands/index.html").read_text())
+    for words in (["up"], ["peers"], ["token", "rotate"], ["config", "show"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "meshnode", *words, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        assert f"Usage: meshnode {' '.join(words)} " in page
+        options = set(re.findall(r"^  (--[a-z-]+)", done.stdout, re.M))
+        section = page.partition(f"Usage: meshnode {' '.join(words)} ")[2].partition("Usage:")[0]
+        assert options <= set(re.findall(r"--[a-z-]+", section)), words
 
 
 def test_the_tests_directions_are_not_shown(site: Path) -> None:
