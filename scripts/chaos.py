@@ -39,7 +39,7 @@ TOKENS_PER_SECOND = 40
 CLIENTS = 6  # asking at the same time
 CLIENT_TIMEOUT = 60.0  # seconds, for a request
 RECOVERY = 90.0  # seconds for a host to be well again: on a busy machine it starts slowly
-FAULT_EVERY = 4.0  # seconds, about
+FAULT_EVERY = 6.0  # seconds, about
 WARM_UP = 10.0  # seconds of traffic before the first fault: what is only allocated once
 
 
@@ -74,8 +74,7 @@ class Host:
             case "kill":
                 self.node.kill()
                 sleep(fault.lasts)
-                self.node = self.start_node()
-                self.node.wait_ready(RECOVERY)
+                self._start_again()
             case "stop":
                 self.node.signal(signal.SIGSTOP)
                 sleep(fault.lasts)
@@ -85,12 +84,17 @@ class Host:
                 code = self.node.wait(60)
                 if code != 0:
                     self._run.complain(f"{self.name} exited with {code} when told to terminate")
-                self.node = self.start_node()
-                self.node.wait_ready(RECOVERY)
+                self._run.tell("ended", host=self.name)
+                self._start_again()
             case "engine":
                 self.engine.kill()
                 sleep(fault.lasts)
                 self.engine = self.start_engine().wait_ready()
+        self._run.tell("runs", host=self.name)
+
+    def _start_again(self) -> None:
+        self.node = self.start_node()
+        self.node.wait_ready(RECOVERY)
 
 
 class Run:

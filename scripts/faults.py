@@ -74,7 +74,10 @@ class Collector:
             if key == "figure":
                 row.figures.setdefault(figure["what"], []).append(figure)
         if self._progress:
-            print(f"{report.outcome:<8} {name}", file=sys.stderr, flush=True)
+            print(f"{report.outcome:<8} {name} ({report.duration:.0f} s)", file=sys.stderr)
+            for line in row.words.splitlines():
+                print(f"         {line}", file=sys.stderr)
+            sys.stderr.flush()
 
 
 def main() -> int:

@@ -132,8 +132,11 @@ def test_honest_announcements_arrive_while_a_member_floods(
 
     sent, arrived, flooded = trio.run(run)
     assert victim.child.poll() is None
-    figures.note("bad announcements sent per second", flooded / (FLOODED_FOR + 2), "")
-    # The victim hears the liar's own good ones too, at most two a second of "replayed".
+    rate = flooded / (FLOODED_FOR + 2)
+    figures.note("bad announcements sent per second", rate, "")
+    assert rate > FLOOD_RATE * 0.9 or not figures.is_strict, "no flood, so no proof"
+    if kind == "replayed":
+        arrived -= 1  # the liar's own, when it is said for the first time
     figures.at_least("of the honest ones arrived", arrived / sent * 100, 99, "%")
     eventually(lambda: victim.get("/healthz"), within=5)
 
