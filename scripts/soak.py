@@ -385,6 +385,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     cluster.READY_TIMEOUT = START_TIMEOUT
+    # So that whoever ends this ends its nodes too, also where it runs in the background.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(130))
     # Else each start of a node compiles what it imports, which takes longer than all the rest.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory() as folder:

@@ -45,6 +45,7 @@ class Difference:
 
     to_send: list[LedgerEntry]  # newer here, or unknown there
     wanted: list[bytes]  # keys of those newer there, or unknown here
+    disputed: list[LedgerEntry]  # as new on both sides, but online on one alone
 
 
 def compare(ledger: Ledger, digests: Iterable[Digest], now: float) -> Difference:
@@ -55,6 +56,7 @@ def compare(ledger: Ledger, digests: Iterable[Digest], now: float) -> Difference
         (gone if digest.gone else online).update(_unpack(digest.entries))
     floors = {key_of(peer_id): seq for peer_id, seq in ledger.seq_floors(now)}
     to_send: list[LedgerEntry] = []
+    disputed: list[LedgerEntry] = []
     online_here: set[bytes] = set()
     for entry in ledger.entries():
         key = key_of(entry.peer_id)
@@ -65,9 +67,11 @@ def compare(ledger: Ledger, digests: Iterable[Digest], now: float) -> Difference
         known = online.get(key, gone.get(key, -1) if is_online else None)
         if entry.envelope and known is not None and entry.node.seq > known:
             to_send.append(entry)
+        elif (gone if is_online else online).get(key) == entry.node.seq:
+            disputed.append(entry)
     wanted = [key for key, seq in online.items() if seq > floors.get(key, -1)]
     wanted += [key for key, seq in gone.items() if key in online_here and seq > floors[key]]
-    return Difference(to_send, wanted)
+    return Difference(to_send, wanted, disputed)
 
 
 def chosen(ledger: Ledger, keys: Sequence[bytes]) -> list[LedgerEntry]:

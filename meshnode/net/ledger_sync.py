@@ -53,6 +53,9 @@ class LedgerSync:
     ) -> None:
         # Told how many peers one exchange showed to be there that this node did not know of.
         self.on_discovery: Callable[[int], None] = lambda _: None
+        # Told (asker's peer ID, peer IDs) of those whom only one of two ledgers has online, though
+        # both have the same announcement: one side knows of a death, or of a life, by itself.
+        self.on_dispute: Callable[[str, list[str]], None] = lambda _asker, _peer_ids: None
         self._mesh = mesh
         self._ledger = ledger
         self._take_record = take_record
@@ -104,6 +107,8 @@ class LedgerSync:
                 digests.append(message)
         now = trio.current_time()
         difference = compare(self._ledger, digests, now)
+        if difference.disputed:
+            self.on_dispute(stream.peer_id, [entry.peer_id for entry in difference.disputed])
         await _send(stream, record_frames(records(difference.to_send, now)))
         await _send(stream, [*want_frames(difference.wanted), end_frame()])
         await self._take_part(frames, PartReader(Record, max_records=len(difference.wanted)))

@@ -26,6 +26,8 @@ PING_WHEN_IDLE = 1.0  # seconds without a byte from a peer
 # A ping this late makes the peer suspect: whoever else can serve is asked first.
 SUSPECT_AFTER = 1.0  # seconds
 PING_TIMEOUT = 3.3  # seconds, those included
+# Whoever lives and could not be dialled once may be busy, and is heard meanwhile.
+_BEFORE_DOUBTING = 0.5  # seconds
 # What came while this node slept is read before anybody is judged.
 _GRACE = 0.1  # seconds
 # A timer this late means that this node itself stood still: its misses prove nothing.
@@ -170,22 +172,44 @@ class Liveness:
             reason = f"{reporter} lost it, and it tells no address to look for it"
             self._ledger.suspect(peer_id, reason, trio.current_time())
             return False
+        return await self._find(peer_id, "reported_lost", f"{reporter} lost it")
+
+    async def doubt_hearsay(self, peer_id: str, error: str) -> None:
+        """Look again for a peer that could not be dialled, if others alone say that it lives.
+
+        It may have died just before they told: their records then keep it online for a window, and
+        the report of its loss went out before this node could hear it.
+        """
+        if not self._is_hearsay(peer_id) or not self._dialler.addrs_of(peer_id):
+            return
+        now = trio.current_time()
+        self._ledger.suspect(peer_id, f"only others speak of it, and a dial failed: {error}", now)
+        await trio.sleep(_BEFORE_DOUBTING)
+        if self._is_hearsay(peer_id):
+            await self._find(peer_id, "never_met", "only others speak of it")
+
+    def _is_hearsay(self, peer_id: str) -> bool:
+        entry = self._ledger.get(peer_id)
+        return entry is not None and entry.proof == "relayed" and self._is_online(peer_id)
+
+    async def _find(self, peer_id: str, reason: str, why: str) -> bool:
+        """Look for a peer until there is an answer that counts; take it out if that is no."""
         while True:
             asked_at = trio.current_time()
-            error = await self._look_for(peer_id, reporter)
+            error = await self._look_for(peer_id, why)
             if error is None or self._heard_since(peer_id, asked_at):
                 return True
             if self._suspects_itself():
                 self._suspect(peer_id, self._self_suspicion)
                 await trio.sleep(_SELF_CHECK_INTERVAL)
             elif self._last_stall < asked_at:
-                self.take_out(peer_id, "reported_lost", f"{reporter} lost it; {error}")
+                self.take_out(peer_id, reason, f"{why}; {error}")
                 return False
 
-    async def _look_for(self, peer_id: str, reporter: str) -> str | None:
+    async def _look_for(self, peer_id: str, why: str) -> str | None:
         """Return why the peer can't be reached, or None if it can; it is suspect while late."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._suspect_when_late, peer_id, reporter)
+            nursery.start_soon(self._suspect_when_late, peer_id, why)
             try:
                 await self._dialler.probe(peer_id)
             except MeshError as exc:
@@ -194,9 +218,9 @@ class Liveness:
                 nursery.cancel_scope.cancel()
         return None
 
-    async def _suspect_when_late(self, peer_id: str, reporter: str) -> None:
+    async def _suspect_when_late(self, peer_id: str, why: str) -> None:
         await trio.sleep(SUSPECT_AFTER)
-        reason = f"{reporter} lost it, and it has not answered for {SUSPECT_AFTER:g} s"
+        reason = f"{why}, and it has not answered for {SUSPECT_AFTER:g} s"
         self._ledger.suspect(peer_id, reason, trio.current_time())
 
     def _heard_since(self, peer_id: str, at: float) -> bool:

@@ -8,7 +8,7 @@ have the whole mesh dial somebody for long.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 import trio
@@ -98,6 +98,22 @@ class LossReports:
                 await self._report_forever()
         finally:
             self._nursery = None
+
+    def settle(self, asker: str, peer_ids: Sequence[str]) -> None:
+        """Have it found out who is right about peers that only one of two ledgers has online.
+
+        Whoever was lost here is reported once more: the asker, and all who missed the report, look
+        for themselves. Whoever is gone there is looked for here, as if the asker had reported it.
+        """
+        now = trio.current_time()
+        for peer_id in peer_ids[:MAX_LOST]:  # more wait for the next comparison
+            entry = self._ledger.get(peer_id)
+            if entry is None or peer_id in (asker, self._mesh.peer_id):
+                continue
+            if entry.is_online_at(now):
+                self._take(asker, LostPeer(id=peer_id, seq=entry.node.seq), now)
+            elif entry.state_at(now) == "offline":
+                self._lost(peer_id, "still_online_elsewhere")
 
     # Telling
 

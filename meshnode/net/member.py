@@ -127,10 +127,11 @@ class Member:
         self.hearer.on_heard = pacer.heard
         self.hearer.on_own_seq = self.announcer.rise_above
         mesh.subscribe(topic, self.hearer.hear)
+        sync = LedgerSync(mesh, self.ledger, take_record=self.hearer.take_record, metrics=metrics)
         self.peering = Peering(
             mesh,
             self.ledger,
-            LedgerSync(mesh, self.ledger, take_record=self.hearer.take_record, metrics=metrics),
+            sync,
             bootstraps=settings.bootstraps,
             forget_load=self.router.forget,
             rng=rng,
@@ -147,6 +148,7 @@ class Member:
             rng=rng,
             metrics=metrics,
         )
+        sync.on_dispute = self.loss_reports.settle
         self.services = LocalServices(
             settings.services, metrics=metrics, on_change=self.announcer.changed
         )
