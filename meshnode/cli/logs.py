@@ -33,7 +33,11 @@ def set_up_logs(level: str, form: Literal["pretty", "json"]) -> None:
         ]
     else:
         colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-        last = [structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=30)]
+        # Not structlog's own choice, which with rich prints each frame's values: prompts, keys.
+        plain = structlog.dev.plain_traceback
+        last = [
+            structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=30, exception_formatter=plain)
+        ]
     structlog.configure(
         processors=[partial(_limit, rate), *shared, *last],
         wrapper_class=structlog.make_filtering_bound_logger(number),
