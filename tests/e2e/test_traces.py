@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import re
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,54 +14,13 @@ from typing import Any
 import pytest
 
 from support.cluster import Backend, Cluster, eventually
+from support.collector import Collector
 
-trace_service = pytest.importorskip(
-    "opentelemetry.proto.collector.trace.v1.trace_service_pb2", reason="the extra otel is not here"
-)
+pytest.importorskip("opentelemetry.proto", reason="the extra otel is not here")
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
 SECRET = "a prompt that nobody may see"
-
-
-class Collector:
-    """Takes what an OTLP exporter posts."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        self.paths: list[str] = []
-        self.raw = b""
-        collector = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                data = self.rfile.read(int(self.headers["content-length"]))
-                if self.headers.get("content-encoding") == "gzip":
-                    import gzip
-
-                    data = gzip.decompress(data)
-                collector.raw += data
-                collector.paths.append(self.path)
-                request = trace_service.ExportTraceServiceRequest.FromString(data)
-                for resource in request.resource_spans:
-                    for scope in resource.scope_spans:
-                        collector.spans += scope.spans
-                self.send_response(200)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *args: Any) -> None:
-                return
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
 
 
 @pytest.fixture

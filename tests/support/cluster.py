@@ -241,7 +241,7 @@ class Cluster:
         """Start a node without waiting for it, in the network namespace ``netns`` if named.
 
         Its wall clock is ahead of this machine's by ``clock_offset`` seconds; it may have
-        ``max_files`` descriptors open.
+        ``max_files`` descriptors open. With an empty ``token`` none is in its environment.
         """
         if isinstance(bootstrap, Node):
             bootstrap = bootstrap.addr
@@ -255,7 +255,7 @@ class Cluster:
         if max_files is not None:
             argv = ["prlimit", f"--nofile={max_files}:{max_files}", *argv]
         own = self._wrong_clock(clock_offset) | (env or {})
-        environment = self.env(MESHNODE_TOKEN=token or self.token, **own)
+        environment = self.env(MESHNODE_TOKEN=self.token if token is None else token, **own)
         node = Node([*_within(netns), *argv, *args], environment)
         node.state_dir = state_dir
         node.netns = netns
