@@ -39,6 +39,7 @@ from meshnode.net.libp2p.identity import Identity, load_or_create_identity
 from meshnode.net.local_services import LocalService
 from meshnode.net.mdns import Mdns
 from meshnode.net.member import Member, MemberSettings
+from meshnode.net.own_network import own_fault
 from meshnode.net.peer_file import FILE_NAME, PeerFile
 from meshnode.net.reachability import Reachability
 from meshnode.node_entry import build_entry, client_keys_of, make_tracer
@@ -107,6 +108,7 @@ class Node:
             known=self._peer_file.known,
         )
         member.belong(membership)
+        member.peering.liveness.own_fault = lambda: own_fault(self._mesh.addrs)
         self._make_mdns = lambda fingerprint: Mdns(
             peer_id=self.identity.peer_id,
             fingerprint=fingerprint,

@@ -69,7 +69,6 @@ class Liveness:
 
     Args:
         forget_load: told the peer ID of who was taken out; the router drops its report.
-        own_fault: says what is wrong with this host's own network, if it can tell.
     """
 
     def __init__(
@@ -80,16 +79,16 @@ class Liveness:
         *,
         forget_load: Callable[[str], None],
         metrics: Metrics,
-        own_fault: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._mesh = mesh
         self._ledger = ledger
         self._dialler = dialler
         self._forget_load = forget_load
         self._metrics = metrics
-        self._own_fault = own_fault
         # Told (peer ID, reason) of each peer that this node itself found dead.
         self.on_loss: Callable[[str, str], None] = lambda _peer_id, _reason: None
+        # Says what is wrong with this host's own network, if it can tell.
+        self.own_fault: Callable[[], str | None] = lambda: None
         self._probed: set[str] = set()
         self._last_stall = float("-inf")
         self._self_suspicion: _SelfSuspicion | None = None
@@ -300,7 +299,7 @@ class Liveness:
     def _begin_self_suspicion(self, since: float, now: float) -> _SelfSuspicion:
         heard = self._last_heard()
         silent = silent_links(heard, since)
-        fault = self._own_fault()
+        fault = self.own_fault()
         why = fault or f"{silent} of {len(heard)} links fell silent at once"
         log.warning("self_suspected", silent=silent, links=len(heard), own_fault=fault)
         return _SelfSuspicion(now + SELF_SUSPICION, f"this node may be cut off itself: {why}")
