@@ -54,6 +54,7 @@ class Host:
         self.engine = self.start_engine()
         self.node = self.start_node()
         self.busy = threading.Lock()  # held while it is in trouble
+        self.ran_at = 0.0  # when its last fault had been undone
 
     def start_engine(self) -> Engine:
         options = ("--tokens", str(TOKENS), "--tokens-per-second", str(TOKENS_PER_SECOND))
@@ -90,6 +91,7 @@ class Host:
                 self.engine.kill()
                 sleep(fault.lasts)
                 self.engine = self.start_engine().wait_ready()
+        self.ran_at = self._run.now
         self._run.tell("runs", host=self.name)
 
     def _start_again(self) -> None:
@@ -106,6 +108,7 @@ class Run:
         self.requests: list[Request] = []
         self.problems: list[str] = []  # that no request tells of
         self.events: list[dict[str, Any]] = []
+        self.recoveries: list[float] = []  # seconds from running again to being known as well
         self.done = threading.Event()
         self.began = 0.0
         self.hosts: list[Host] = []
@@ -179,6 +182,7 @@ class Run:
                 self.complain(f"{host.name} did not come back: {exc}")
                 return
             trouble.until = self.now
+            self.recoveries.append(trouble.until - host.ran_at)
             self.tell("well", host=host.name, after=trouble.until - trouble.since)
 
     def make_trouble(self) -> None:
@@ -327,6 +331,10 @@ class Run:
                 "median_s": round(median(served), 3) if served else None,
                 "slowest_s": round(served[-1], 3) if served else None,
             },
+            "recovery": {
+                "median_s": round(median(self.recoveries), 3) if self.recoveries else None,
+                "slowest_s": round(max(self.recoveries), 3) if self.recoveries else None,
+            },
             "untrue": untrue,
             "problems": self.problems,
             "events": self.events,
@@ -366,6 +374,9 @@ def _print_report(report: dict[str, Any]) -> None:
         table.add_row(f"failed: {reason}", str(count))
     table.add_row("of them, not true", str(len(report["untrue"])))
     table.add_row("served in", f"{asked['median_s']} s (median), {asked['slowest_s']} s (most)")
+    back = report["recovery"]
+    words = f"{back['median_s']} s (median), {back['slowest_s']} s (most) after it ran again"
+    table.add_row("a host is well", words)
     for number, entry in enumerate(report["entries"]):
         old, new = entry["before"], entry["after"]
         words = f"{old['rss_mib']} → {new['rss_mib']} MiB"
