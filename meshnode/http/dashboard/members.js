@@ -163,7 +163,7 @@ function fillVram(row, peer) {
   setAttribute(row.bar, "aria-valuetext", `${bytes(free)} free of ${bytes(total)}`);
   setAttribute(row.bar, "title", `${Math.round(used * 100)} % in use`);
   setAttribute(row.bar, "data-level", used > 0.9 ? "high" : "normal");
-  row.bar.firstChild.style.setProperty("--used", used.toFixed(3));
+  row.bar.firstChild.style.transform = `scaleX(${used.toFixed(3)})`;
 }
 
 function fillChips(row, peer) {
