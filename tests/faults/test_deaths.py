@@ -90,6 +90,7 @@ def test_kill_9_of_the_bootstrap(cluster: Cluster, figures: Figures) -> None:
     figures.note("a newcomer is known to all after", monotonic() - began, "s")
 
 
+@pytest.mark.long
 def test_30_percent_killed_at_once(cluster: Cluster, figures: Figures) -> None:
     hosts = start_hosts(cluster, 10, engines=1)
     entry = cluster.entry(hosts[0])
@@ -114,7 +115,7 @@ def test_30_percent_killed_at_once(cluster: Cluster, figures: Figures) -> None:
     figures.note("of 100 requests were cut in mid-stream", len(cut), "")
 
 
-@pytest.mark.parametrize("seconds", [5, 10])
+@pytest.mark.parametrize("seconds", [5, pytest.param(10, marks=pytest.mark.long)])
 def test_sigstop_of_the_serving_peer(cluster: Cluster, figures: Figures, seconds: int) -> None:
     hosts = start_hosts(cluster, 3, engines=1)
     entry = cluster.entry(hosts[0])

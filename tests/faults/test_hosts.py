@@ -50,7 +50,11 @@ def nvml(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("trouble", "code"), [("hanging", "timeout"), ("future_error", "nvml_4242")]
+    ("trouble", "code"),
+    [
+        pytest.param("hanging", "timeout", marks=pytest.mark.long),
+        ("future_error", "nvml_4242"),
+    ],
 )
 def test_nvml_that_fails_or_hangs(
     cluster: Cluster, figures: Figures, nvml, trouble: str, code: str

@@ -22,8 +22,8 @@ import pytest
 
 T = TypeVar("T")
 
-# Twelve interpreters starting at once on two cores take a while; a hang takes for ever.
-READY_TIMEOUT = 60.0
+# Twelve interpreters that start at once on two busy cores take minutes; a hang takes for ever.
+READY_TIMEOUT = 150.0
 
 
 def eventually(check: Callable[[], T], *, within: float, every: float = 0.05) -> T:
