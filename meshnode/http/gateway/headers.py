@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from itertools import count
+from uuid import uuid4
 
 from meshnode.http.gateway.answers import reason_of
 from meshnode.http.gateway.heads import Field, RequestHead, ResponseHead
@@ -49,7 +50,8 @@ _NEVER_NAMED = frozenset({b"host", b"content-length", b"authorization", b"cookie
 CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 
 _REQUEST_ID = re.compile(rb"[0-9A-Za-z._:/+=@-]{1,128}")
-_id_prefix = os.urandom(6).hex().encode()
+# A UUID in form, as llama-cpp-python's server answers 400 to any other.
+_id_prefix = str(uuid4())[:24].encode()
 _id_numbers = count(int.from_bytes(os.urandom(3), "big"))
 
 
@@ -58,7 +60,7 @@ def request_id_of(head: RequestHead) -> bytes:
     given = head.value(b"x-request-id")
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given
-    return b"%b%08x" % (_id_prefix, next(_id_numbers) & 0xFFFFFFFF)
+    return b"%b%012x" % (_id_prefix, next(_id_numbers) & 0xFFFF_FFFF_FFFF)
 
 
 def request_for_engine(
