@@ -67,7 +67,9 @@ def test_a_token_is_rotated_without_a_restart_and_without_breaking_a_stream(
         assert client.recv(100) == b"after"
         client.shutdown(socket.SHUT_WR)
         assert read_to_end(client) == b""
-    eventually(lambda: left_behind.online() == {"left-behind"}, within=20)
+    # A member may have passed on what another said in the moment before it went too: then that one
+    # counts as online until its window of 40 s ends.
+    eventually(lambda: left_behind.online() == {"left-behind"}, within=60)
 
 
 def test_a_peer_on_the_block_list_is_out_at_once_and_back_when_it_is_taken_off(
