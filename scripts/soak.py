@@ -164,9 +164,11 @@ class Soak:
         mortal = self.hosts[self.left_alone :]
         living = [host for host in mortal if host.lives]
         gone = [host for host in mortal if not host.lives and not host.starts]
-        full = len(gone) >= self.count * GONE_AT_MOST
+        full = sum(not host.lives for host in mortal) >= self.count * GONE_AT_MOST
         if gone and (full or not living or self.rng.random() < 0.5):
             self.restart(self.rng.choice(gone))
+        elif full or not living:
+            self.outcome.events["none, as too many are starting"] += 1
         elif self.rng.random() < TERM_SHARE:
             self.end(self.rng.choice(living), signal.SIGTERM)
         else:
@@ -256,7 +258,8 @@ class Soak:
             self.note_unexplained("not a log line", host, line)
             return
         event, level = said.get("event", ""), said.get("level", "")
-        if event == "peer_offline":
+        # While all start at once on few cores, they are as late as they are.
+        if event == "peer_offline" and self.began:
             self.judge_eviction(host, str(said.get("peer_id")), str(said.get("reason")))
         if level in ("warning", "error", "critical"):
             if event in EXPLAINED:
@@ -395,6 +398,7 @@ def main() -> int:
         try:
             soak.start()
             soak.wait_right("all, at the start")
+            soak.read_logs()
             soak.churn()
             soak.settle()
         finally:

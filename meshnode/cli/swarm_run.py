@@ -227,6 +227,7 @@ def _print(report: Mapping[str, Any]) -> None:
         ("of cut or stopped nodes, or late", kinds["cut"] + kinds["frozen"] + kinds["late"]),
         ("announcements heard per node", f"{node['announcements_heard']:.1f}"),
         ("  per second", f"{node['announcements_heard_per_s'] or 0.0:.2f}"),
+        ("  per second at most", f"{node['announcement_budget_per_s']:.2f}"),
         ("  bytes", f"{node['announcement_bytes_heard']:.0f}"),
         ("copies received per node", _whole(node["copies_received"])),
         ("links per node", f"{node['links'] or 0.0:.1f}"),

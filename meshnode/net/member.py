@@ -64,6 +64,7 @@ class MemberSettings:
     # Seconds, both; in a large mesh they stretch together (core/budget).
     announce_interval: float = ANNOUNCE_INTERVAL
     online_window: float = NODE_ONLINE_WINDOW
+    announce_budget: float = budget.ANNOUNCEMENTS_PER_SECOND  # that a node shall hear at most
     queue_length: int = QUEUE_LENGTH  # requests that may wait while every peer is full
     queue_timeout: float = QUEUE_TIMEOUT  # seconds
 
@@ -207,7 +208,8 @@ class Member:
 
     def _announce_interval(self) -> float:
         nodes = len(self.ledger.online(trio.current_time()))
-        return budget.announce_interval(nodes, self._settings.announce_interval)
+        settings = self._settings
+        return budget.announce_interval(nodes, settings.announce_interval, settings.announce_budget)
 
     def _online_window(self) -> float:
         settings = self._settings

@@ -21,6 +21,7 @@ from typing import Literal, TypeAlias
 
 import trio
 
+from meshnode.core import budget
 from meshnode.core.belonging import by_keys
 from meshnode.core.node_data import NODE_ONLINE_WINDOW
 from meshnode.errors import ConfigError
@@ -47,6 +48,9 @@ _EPOCH = 1_800_000_000.0  # Unix seconds
 _POLL = 0.05  # seconds
 # Closing all of a large mesh at once goes deeper than Python's stack.
 _CLOSE_AT_ONCE = 10
+# All nodes of a process share the one core that Python uses, and hearing one announcement takes
+# most of a millisecond of it: half of the core for this leaves the rest to links and pings.
+_HEARD_BY_PROCESS = 600.0  # announcements per second
 # More handshakes at a time in one process make each other late.
 _DIALS_AT_ONCE = 8
 
@@ -82,6 +86,7 @@ async def open_swarm(
         raise ConfigError(f"loss={loss:g}: give a share of announcements, from 0 to below 1")
     swarm = Swarm(
         mesh,
+        n,
         random.Random(seed),
         vram=tuple(vram or VRAM_SIZES),
         announce_interval=announce_interval,
@@ -90,7 +95,7 @@ async def open_swarm(
     )
     with _on_a_leash(seed) if mesh == "memory" else nullcontext():
         async with trio.open_nursery() as guard:
-            await guard.start(swarm.host_forever, n)
+            await guard.start(swarm.host_forever)
             try:
                 yield swarm
             finally:
@@ -115,11 +120,14 @@ class Swarm:
     Attributes:
         nodes: all of them, dead ones too.
         watch: who was found dead how soon, and who was taken for dead wrongly.
+        announce_budget: announcements per second that each node shall hear at most; on real sockets
+            less than elsewhere in a large swarm, so that one process can hear them all.
     """
 
     def __init__(
         self,
         mesh: MeshKind,
+        n: int,
         rng: random.Random,
         *,
         vram: Sequence[int],
@@ -132,12 +140,17 @@ class Swarm:
         self.watch = Watch(self._excuse)
         self.began_at = 0.0
         self.rng = rng  # also for who is chosen by a script
+        self._n = n
         self._vram = vram
+        self.announce_budget = budget.ANNOUNCEMENTS_PER_SECOND
+        if mesh == "libp2p":
+            self.announce_budget = min(self.announce_budget, _HEARD_BY_PROCESS / n)
         self._settings = partial(
             MemberSettings,
             network=_NETWORK,
             announce_interval=announce_interval,
             online_window=online_window,
+            announce_budget=self.announce_budget,
         )
         self._network: MemoryNetwork | None = None
         if mesh == "memory":
@@ -153,12 +166,12 @@ class Swarm:
 
     # Running
 
-    async def host_forever(self, n: int, *, task_status: trio.TaskStatus[None]) -> None:
-        """Run ``n`` nodes until ``close``; a cancel from outside has to go through it as well."""
+    async def host_forever(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Run the nodes until ``close``; a cancel from outside has to go through it as well."""
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as self._nursery:
                 self.began_at = trio.current_time()
-                nodes = [self._make_node(number) for number in range(n)]
+                nodes = [self._make_node(number) for number in range(self._n)]
                 await self._start(nodes[0])
                 async with trio.open_nursery() as starting:
                     for node in nodes[1:]:

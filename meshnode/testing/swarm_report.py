@@ -154,6 +154,7 @@ def _per_node(swarm: Swarm, duration: float, run_time: RunTime | None) -> dict[s
     return {
         "announcements_sent": _mean([one.sent for one in traffic]),
         "announcements_heard": _mean([one.heard for one in traffic]),
+        "announcement_budget_per_s": round(swarm.announce_budget, 6),
         "announcements_heard_per_s": round(heard / nodes / duration, 6) if duration else None,
         "announcement_bytes_heard": _mean([one.heard_bytes for one in traffic]),
         "copies_received": _mean([one.copies for one in traffic]),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import trio
 from trio.testing import MockClock
 
 from meshnode.errors import ConfigError
 from meshnode.testing.fixtures import OpenSwarm
-from meshnode.testing.swarm import Swarm
+from meshnode.testing.swarm import MeshKind, Swarm
 
 SETTLED = 5.0  # seconds after convergence: every link stands
 HOUR = 3600.0
@@ -217,3 +219,13 @@ async def test_what_a_swarm_cannot_do_is_said(
             swarm.kill(1)
         with pytest.raises(ConfigError, match="has not died"):
             await swarm.wait_gone(0, within=1)
+
+
+def test_many_nodes_of_one_process_may_say_less_than_one_core_can_hear() -> None:
+    def budget_of(mesh: MeshKind, n: int) -> float:
+        settings = {"announce_interval": 10.0, "online_window": 40.0, "loss": 0.0}
+        return Swarm(mesh, n, random.Random(0), vram=(1,), **settings).announce_budget
+
+    assert budget_of("libp2p", 20) == 20  # as anywhere
+    assert budget_of("libp2p", 200) == 3  # 600 each second in all
+    assert budget_of("memory", 200) == 20  # time waits for it
