@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,7 @@ CLIENT = [sys.executable, str(HERE / "bench_http.py")]
 READY_LIMIT = 30.0  # seconds
 CONNECTIONS = 32
 STREAMS = 200
+CPU_STREAMS = 40  # few enough that events are not read several at a time
 CANDIDATES = 1000
 
 
@@ -56,8 +58,8 @@ def client(*args: object) -> dict[str, float]:
 
 
 @contextmanager
-def child(argv: list[str], **env: str) -> Iterator[dict[str, str]]:
-    """Run a child until the block is left; yields the one JSON line that it begins with."""
+def child(argv: list[str], **env: str) -> Iterator[dict[str, Any]]:
+    """Run a child until the block is left; yields the JSON line it begins with, and its pid."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("MESHNODE_")}
     with subprocess.Popen(
         argv,
@@ -70,7 +72,7 @@ def child(argv: list[str], **env: str) -> Iterator[dict[str, str]]:
         assert process.stdout is not None
         assert process.stdin is not None
         try:
-            yield json.loads(process.stdout.readline())
+            yield json.loads(process.stdout.readline()) | {"pid": process.pid}
         finally:
             process.stdin.close()
             process.terminate()
@@ -151,7 +153,18 @@ def choosing() -> float:
     return statistics.median(taken) * 1000
 
 
-def measure(tell: Callable[[str], None], *, quick: bool) -> list[Row]:
+@dataclass(frozen=True)
+class Nodes:
+    """What a request goes through: the client asks ``entry``, which asks ``host``."""
+
+    folder: str
+    engine: str  # HOST:PORT
+    entry: str  # HOST:PORT
+    pids: dict[str, int]  # of the two nodes
+
+
+@contextmanager
+def nodes(tell: Callable[[str], None]) -> Iterator[Nodes]:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         made = subprocess.run(
@@ -168,11 +181,16 @@ def measure(tell: Callable[[str], None], *, quick: bool) -> list[Row]:
         argv, env = node(
             folder, token, "entry", "--proxy", "127.0.0.1:0", "--bootstrap", host["addrs"][0]
         )
-        entry = stack.enter_context(child(argv, **env))["proxy"]
-        wait_until_served(entry)
-        rows = [added_latency(tell, engine, entry, 300 if quick else 1500)]
-        rows.append(throughput(tell, engine, entry, folder, 2 if quick else 6))
-        rows.append(events(tell, engine, entry, 100 if quick else 400))
+        entry = stack.enter_context(child(argv, **env))
+        wait_until_served(entry["proxy"])
+        yield Nodes(folder, engine, entry["proxy"], {"entry": entry["pid"], "host": host["pid"]})
+
+
+def measure(tell: Callable[[str], None], *, quick: bool) -> list[Row]:
+    with nodes(tell) as path:
+        rows = [added_latency(tell, path, 300 if quick else 1500)]
+        rows.append(throughput(tell, path, 2 if quick else 6))
+        rows.append(events(tell, path, 100 if quick else 400))
     tell(f"choosing among {CANDIDATES:,}")
     rows.append(
         Row("choosing_ms", f"choosing among {CANDIDATES:,} peers", choosing(), "ms", "≤ 0.3 ms")
@@ -180,8 +198,34 @@ def measure(tell: Callable[[str], None], *, quick: bool) -> list[Row]:
     return rows
 
 
-def added_latency(tell: Callable[[str], None], engine: str, entry: str, count: int) -> Row:
+def measure_cpu(tell: Callable[[str], None], *, quick: bool) -> list[Row]:
+    """Return what one request and one event cost each node; a busy machine changes it less."""
+    rows = []
+    with nodes(tell) as path:
+        client("rate", CONNECTIONS, 1, path.entry)
+        for what, argv in (
+            ("request", ("rate", CONNECTIONS, 3 if quick else 8)),
+            ("event", ("streams", CPU_STREAMS, 100 if quick else 200)),
+        ):
+            tell(f"the CPU time of one {what}")
+            before = {name: cpu_time(pid) for name, pid in path.pids.items()}
+            figures = client(*argv, path.entry)
+            count = figures[f"{what}s"]
+            for name, pid in path.pids.items():
+                spent = (cpu_time(pid) - before[name]) / count * 1000
+                label = f"CPU time of one {what}, {name}"
+                rows.append(Row(f"{what}_cpu_ms_{name}", label, spent, "ms", "", f"{count:,}"))
+    return rows
+
+
+def cpu_time(pid: int) -> float:
+    """Return the seconds of CPU time that a process of one thread has had (Linux)."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def added_latency(tell: Callable[[str], None], path: Nodes, count: int) -> Row:
     tell("small requests, one after another")
+    engine, entry = path.engine, path.entry
     medians = client("latency", count, engine, entry)
     note = f"{medians[entry]:.2f} ms, {medians[engine]:.2f} ms directly"
     added = medians[entry] - medians[engine]
@@ -190,14 +234,12 @@ def added_latency(tell: Callable[[str], None], engine: str, entry: str, count: i
     )
 
 
-def throughput(
-    tell: Callable[[str], None], engine: str, entry: str, folder: str, seconds: int
-) -> Row:
+def throughput(tell: Callable[[str], None], path: Nodes, seconds: int) -> Row:
     tell(f"{CONNECTIONS} connections at once")
-    ours = client("rate", CONNECTIONS, seconds, entry)["per_second"]
-    direct = client("rate", CONNECTIONS, seconds, engine)["per_second"]
+    ours = client("rate", CONNECTIONS, seconds, path.entry)["per_second"]
+    direct = client("rate", CONNECTIONS, seconds, path.engine)["per_second"]
     note = f"directly {direct:,.0f}/s"
-    with haproxy(engine, folder) as address:
+    with haproxy(path.engine, path.folder) as address:
         if address is None:
             note += "; no HAProxy here"
         else:
@@ -208,10 +250,10 @@ def throughput(
     )
 
 
-def events(tell: Callable[[str], None], engine: str, entry: str, chunks: int) -> Row:
+def events(tell: Callable[[str], None], path: Nodes, chunks: int) -> Row:
     tell(f"{STREAMS} streams of events")
-    direct = client("streams", STREAMS, chunks, engine)
-    ours = client("streams", STREAMS, chunks, entry)
+    direct = client("streams", STREAMS, chunks, path.engine)
+    ours = client("streams", STREAMS, chunks, path.entry)
     note = (
         f"{ours['events']:,.0f} events in order; p50 {ours['p50_ms']:.1f} ms, "
         f"p99 {ours['p99_ms']:.1f} ms; directly p99 {direct['p99_ms']:.1f} ms"
@@ -224,10 +266,11 @@ def events(tell: Callable[[str], None], engine: str, entry: str, chunks: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench gateway", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a third of the time, less exact")
+    parser.add_argument("--cpu", action="store_true", help="CPU time per request and event instead")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args()
     with Console(stderr=True).status("measuring") as status:
-        rows = measure(status.update, quick=options.quick)
+        rows = (measure_cpu if options.cpu else measure)(status.update, quick=options.quick)
     if options.json:
         print(json.dumps({"schema_version": 1, "rows": [vars(row) for row in rows]}))
         return
@@ -237,7 +280,7 @@ def main() -> None:
     for column in ("", "measured", "target", "beside"):
         table.add_column(column, justify="right" if column == "measured" else "left")
     for row in rows:
-        shown = "–" if row.value is None else f"{row.value:,.2f} {row.unit}"
+        shown = "–" if row.value is None else f"{row.value:,.{3 if options.cpu else 2}f} {row.unit}"
         table.add_row(row.label, shown, row.target, row.note)
     out.print(table)
 

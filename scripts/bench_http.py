@@ -169,7 +169,7 @@ def rate(count: int, seconds: float, address: str) -> dict[str, float]:
             assert data.startswith(b"HTTP/1.1 200 "), data[:300]
             served += 1
             connections[fd].send(asked)
-    return {"per_second": served / took}
+    return {"per_second": served / took, "requests": served}
 
 
 def streams(count: int, chunks: int, address: str) -> dict[str, float]:
