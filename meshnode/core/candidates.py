@@ -32,18 +32,28 @@ class Candidates:
         self._due: list[tuple[float, str]] = []  # a heap: when time alone changes a peer
         self._in_due: set[tuple[float, str]] = set()  # so that each stands in it once
         self._watchers: list[Callable[[str], None]] = []
-        ledger.watch(self.note)
+        self._load_watchers: list[Callable[[str], None]] = []
+        ledger.watch(self._note_news)
 
     # News
 
-    def watch(self, watcher: Callable[[str], None]) -> None:
-        """Tell ``watcher`` of each peer whose news, load or being online changed."""
+    def watch(self, watcher: Callable[[str], None], *, on_load: Callable[[str], None]) -> None:
+        """Tell ``watcher`` of each peer with news, ``on_load`` of each whose load changed here."""
         self._watchers.append(watcher)
+        self._load_watchers.append(on_load)
 
     def note(self, peer_id: str) -> None:
-        """Remember that a peer changed; the next decision looks at it again."""
+        """Remember that our requests changed a peer; the next decision looks at it again."""
+        for watcher in self._load_watchers:
+            watcher(peer_id)
+        self._mark(peer_id)
+
+    def _note_news(self, peer_id: str) -> None:
         for watcher in self._watchers:
             watcher(peer_id)
+        self._mark(peer_id)
+
+    def _mark(self, peer_id: str) -> None:
         if not self._rankings and peer_id not in self._views:
             return
         self._changed.add(peer_id)

@@ -134,8 +134,10 @@ class Circuit:
 
     def seems_slow(self) -> bool:
         """Whether its opens take so long that they should be compared with the others'."""
+        if self.until is not None or max(self._opens, default=0.0) <= SLOW_OPEN:
+            return False  # without the median, which is asked after every success
         usual = self.usual_open
-        return self.until is None and usual is not None and usual > SLOW_OPEN
+        return usual is not None and usual > SLOW_OPEN
 
     def compare(self, others: list[float]) -> Grounds | None:
         """Return the grounds for an ejection, if opens are far slower than the ``others``'.

@@ -13,14 +13,12 @@ transport shares it. Policy: LocalAI pkg/clusterrouting.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 PolicyTier = Literal["only", "in_flight", "last_used", "vram", "first_listed"]
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaCandidate:
+class ReplicaCandidate(NamedTuple):
     """One replica that could serve a request."""
 
     node_id: str

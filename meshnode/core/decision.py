@@ -6,7 +6,7 @@ Values only. The router makes them; the control API and the command line show th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from meshnode.core.clusterrouting import PolicyTier
 
@@ -19,8 +19,7 @@ Tier = PolicyTier | Literal["random", "target", "loaded", "prefix", "session", "
 MAX_ROWS = 50
 
 
-@dataclass(frozen=True, slots=True)
-class CandidateRow:
+class CandidateRow(NamedTuple):
     """One peer that offers the service, as the decision saw it."""
 
     peer_id: str

@@ -12,10 +12,27 @@ from meshnode.core.decision import Decision
 class Record:
     """One line of the list of decisions; its end is filled in when the lease settles."""
 
-    __slots__ = ("decision",)
+    __slots__ = ("_end", "_picked")
 
     def __init__(self, decision: Decision) -> None:
-        self.decision = decision
+        self._picked = decision
+        self._end: tuple[str, float | None, int | None] | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self._end is not None
+
+    @property
+    def decision(self) -> Decision:
+        """The decision, with its end if there is one; put together only for who looks at it."""
+        if self._end is None:
+            return self._picked
+        outcome, duration, retries = self._end
+        return replace(self._picked, outcome=outcome, duration=duration, retries=retries)
+
+    def end(self, outcome: str, duration: float | None, retries: int | None) -> None:
+        """Say how the request ended; the last word stays."""
+        self._end = (outcome, duration, retries)
 
 
 class Told(Protocol):
@@ -108,9 +125,7 @@ class Lease:
             duration: seconds from the pick to the end.
             retries: peers given up before this one.
         """
-        self._record.decision = replace(
-            self._record.decision, outcome=outcome, duration=duration, retries=retries
-        )
+        self._record.end(outcome, duration, retries)
 
     def release(self) -> None:
         """Give the claim back. Twice is once."""
@@ -118,8 +133,8 @@ class Lease:
             return
         self.released = True
         self._book.returned(self)
-        if self._record.decision.outcome is None:
-            self._record.decision = replace(self._record.decision, outcome="released")
+        if not self._record.has_ended:
+            self._record.end("released", None, None)
 
     def __enter__(self) -> Lease:
         return self

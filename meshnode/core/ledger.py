@@ -189,6 +189,14 @@ class Ledger:
             )
         )
 
+    def offers_any(self, now: float) -> bool:
+        """Say whether somebody online exposes a service."""
+        for live in self._live_by_service.values():
+            for entry in live.values():
+                if now < entry.online_until:
+                    return True
+        return False
+
     def seq_floor(self, peer_id: str, now: float) -> int | None:
         """Return the Seq that an announcement must exceed to be news; None if any will do."""
         entry = self._entries.get(peer_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from heapq import merge
 from typing import NamedTuple
 
@@ -29,7 +28,14 @@ class Candidate(NamedTuple):
 
     @property
     def row(self) -> CandidateRow:
-        return self.standing.row
+        return self._with_model(self.standing.row)
+
+    def row_at(self, now: float, *, passed_over: bool = False) -> CandidateRow:
+        """Return the row to show, as ``Standing.row_at``."""
+        return self._with_model(self.standing.row_at(now, passed_over=passed_over))
+
+    def _with_model(self, row: CandidateRow) -> CandidateRow:
+        return row._replace(service_id=self.service_id, loaded=self.loaded)
 
     @property
     def in_flight(self) -> int:
@@ -39,9 +45,8 @@ class Candidate(NamedTuple):
 def candidate(standing: Standing, service_id: str, loaded: bool) -> Candidate:
     """Return a standing as a candidate for one model."""
     in_flight, last_used, less_vram = standing.rank
-    row = replace(standing.row, service_id=service_id, loaded=loaded)
     rank = (in_flight, not loaded, last_used, less_vram)
-    return Candidate(rank, standing.peer_id, service_id, standing._replace(row=row), loaded)
+    return Candidate(rank, standing.peer_id, service_id, standing, loaded)
 
 
 def deciding_tier(best: Candidate, runner_up: Candidate | None) -> Tier:
@@ -128,11 +133,11 @@ class ModelRanking:
         if able is not self.ready:
             for each in self.ready:
                 if not may(each):
-                    yield replace(each.row, excluded="already tried")
+                    yield each.row._replace(excluded="already tried")
         for each in self.crowded:
             if not may(each):
-                yield replace(each.row, excluded="already tried")
+                yield each.row._replace(excluded="already tried")
             elif able is self.ready or each not in able:
-                yield each.standing.row_at(now, passed_over=True)
+                yield each.row_at(now, passed_over=True)
         for each in self.held_back.values():
-            yield each.standing.row_at(now)
+            yield each.row_at(now)

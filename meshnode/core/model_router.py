@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
 from itertools import islice
@@ -112,7 +112,8 @@ class ModelRouter:
         self._serial = 0
         self._due: list[tuple[float, str]] = []  # a heap: when time alone changes a peer
         self._in_due: set[tuple[float, str]] = set()  # so that each stands in it once
-        router.watch(self._note)
+        self._looked_at = 0  # the serial up to which a ranking took changes in
+        router.watch(self._note, on_load=self._note_load)
 
     # Requests
 
@@ -162,6 +163,11 @@ class ModelRouter:
         entry = self._ledger.get(peer_id)
         if entry is None or entry.state in ("left", "offline"):
             self._prefixes.invalidate_node(peer_id)
+        self._note_load(peer_id)
+
+    def _note_load(self, peer_id: str) -> None:
+        if self._changed.get(peer_id, 0) > self._looked_at:
+            return  # no ranking took it in since: it stands in line already
         self._serial += 1
         self._changed[peer_id] = self._serial
         self._changed.move_to_end(peer_id)
@@ -182,7 +188,7 @@ class ModelRouter:
         while self._due and self._due[0][0] <= now:
             due = heappop(self._due)
             self._in_due.discard(due)
-            self._note(due[1])
+            self._note_load(due[1])
 
     # Deciding
 
@@ -259,7 +265,7 @@ class ModelRouter:
 
         def row(each: Candidate) -> CandidateRow:
             depth = depths.get(each.place)
-            return replace(each.row, match_ratio=depth / len(chain)) if depth else each.row
+            return each.row._replace(match_ratio=depth / len(chain)) if depth else each.row
 
         best = list(islice(able, MAX_ROWS))
         if chosen is not None and chosen not in best:
@@ -325,7 +331,7 @@ class ModelRouter:
                 if serial <= ranking.serial:
                     break
                 self._place(ranking, peer_id, kind, request.service_id, request.now)
-        ranking.serial = self._serial
+        ranking.serial = self._looked_at = self._serial
         # Those who have it may all be silent since the ledger last looked.
         if not ranking and not any(True for _ in self._offers(kind, request.service_id)):
             raise why_unknown(self.index, request.model, request.service_id)

@@ -94,15 +94,20 @@ class NodeData(WireModel):
     @property
     def usable_vram(self) -> int:
         """Free VRAM in bytes as far as it is credible; 0 = unknown, the lowest tier."""
-        if self.available_vram > MAX_CREDIBLE_VRAM:
+        return self.credible_vram(self.available_vram)
+
+    def credible_vram(self, claimed: int) -> int:
+        """Return what the peer says is free, in bytes; 0 where it can't have so much."""
+        if claimed > MAX_CREDIBLE_VRAM or (self.total_vram and claimed > self.total_vram):
             return 0
-        if self.total_vram and self.available_vram > self.total_vram:
-            return 0
-        return self.available_vram
+        return claimed
 
     def service(self, service_id: str) -> ServiceData | None:
         """Return what it says of ``service_id``, or None; of two equal names the first counts."""
-        return next((s for s in self.services if s.service_id == service_id), None)
+        for service in self.services:
+            if service.service_id == service_id:
+                return service
+        return None
 
 
 def decode(data: bytes) -> NodeData:

@@ -7,7 +7,7 @@ ours), and its tunnel replies (which leave ours out, and are fresher). How its r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ class Standing(NamedTuple):
         reason = self.reason
         if self.group is Group.EJECTED and self.until is not None:
             reason = f"ejected for {max(0.0, self.until - now):.0f} s: {reason}"
-        return replace(self.row, excluded=reason)
+        return self.row._replace(excluded=reason)
 
 
 @dataclass(slots=True)
@@ -114,8 +114,7 @@ class PeerView:
         """Take a tunnel reply's numbers; they stand until the next announcement."""
         self.slot(service_id).others = others
         if vram is not None:
-            # The same bounds hold as for an announced figure.
-            self.vram = self.node.model_copy(update={"available_vram": vram}).usable_vram
+            self.vram = self.node.credible_vram(vram)
         self.reported_at = now
 
     def hold_back(self, service_id: str, answer: str, now: float) -> float:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from heapq import merge
 from itertools import islice
 
@@ -145,9 +145,15 @@ class Router:
 
     # For whoever chooses by more than load (core/model_router), and whoever waits
 
-    def watch(self, watcher: Callable[[str], None]) -> None:
-        """Tell ``watcher`` of each peer whose news, load or being online changed."""
-        self._candidates.watch(watcher)
+    def watch(
+        self, watcher: Callable[[str], None], *, on_load: Callable[[str], None] | None = None
+    ) -> None:
+        """Tell ``watcher`` of each peer whose news, load or being online changed.
+
+        Args:
+            on_load: told instead where nothing but this node's own requests changed it.
+        """
+        self._candidates.watch(watcher, on_load=on_load or watcher)
 
     def on_ejection(self, told: Callable[[Ejection], None]) -> None:
         """Tell ``told`` of each peer that is put aside for its failures."""
@@ -327,7 +333,7 @@ class Router:
         tried: list[CandidateRow] = []
         for standing in merge(*pools) if len(pools) > 1 else pools[0]:
             if standing.peer_id in request.exclude:
-                tried.append(replace(standing.row, excluded="already tried"))
+                tried.append(standing.row._replace(excluded="already tried"))
             elif self._candidates.is_online(standing.peer_id, request.now):
                 best.append(standing)
                 if len(best) == MAX_ROWS:

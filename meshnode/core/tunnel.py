@@ -64,10 +64,15 @@ class TunnelReply(WireModel):
     message: Text256 = Field(default="", alias="Message")  # for people and logs
 
 
-@lru_cache(maxsize=64)  # a mesh has a handful of services
 def encode_request(request: TunnelRequest) -> bytes:
     """Return the body of the request's frame."""
     return encode_model(request, MAX_HEADER_BYTES)
+
+
+@lru_cache(maxsize=64)  # a mesh has a handful of services
+def opening(service_id: str, *, fresh: bool) -> bytes:
+    """Return the item that begins a request."""
+    return encode_header(encode_request(TunnelRequest(service_id=service_id, fresh=fresh)))
 
 
 # A peer that sends others than these in turn only pays for its own parsing.

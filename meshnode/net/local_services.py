@@ -51,6 +51,10 @@ class _Slot:
     view: EngineView | None = None  # what the last good look showed
     around: int = 0  # requests that came to the engine around the mesh, when it was last asked
     told: int = 0  # the load when ``on_change`` was last called
+    show_load: Callable[[float], None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.show_load = self.metrics.in_flight.labels(service=self.name).set
 
     @property
     def name(self) -> str:
@@ -272,7 +276,7 @@ class LocalServices:
 
     def _tell_load(self, slot: _Slot) -> None:
         load = slot.load
-        slot.metrics.in_flight.labels(service=slot.name).set(load)
+        slot.show_load(load)
         if abs(load - slot.told) > slot.told * _TELL_STEP:
             slot.told = load
             self.on_change()

@@ -15,11 +15,9 @@ from meshnode.core.tunnel import (
     Mark,
     ReplyDecoder,
     TunnelReply,
-    TunnelRequest,
     decode_reply,
     encode_chunks,
-    encode_header,
-    encode_request,
+    opening,
 )
 from meshnode.errors import PeerRefused, StreamClosed, StreamReset, WireError
 from meshnode.net.mesh import MeshStream
@@ -75,13 +73,12 @@ class TunnelStream:
         """
         self._decoder.ask()
         self._accepted = self._ended = self._eof_sent = False
-        request = encode_request(TunnelRequest(service_id=service_id, fresh=fresh))
-        opening = encode_header(request)
+        header = opening(service_id, fresh=fresh)
         if not first:
-            await self._stream.send_all(opening)
+            await self._stream.send_all(header)
             return
         chunks = encode_chunks(first)
-        await self._stream.send_all(opening + next(chunks))
+        await self._stream.send_all(header + next(chunks))
         for chunk in chunks:
             await self._stream.send_all(chunk)
 

@@ -58,7 +58,7 @@ class ModelChooser:
         Raises:
             NoCandidate: nobody does.
         """
-        if not self._ledger.services_online(trio.current_time()):
+        if not self._ledger.offers_any(trio.current_time()):
             raise NoCandidate(
                 "no peer offers a service yet; start a node with --expose NAME=HOST:PORT, or wait"
             )
