@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -24,6 +25,10 @@ _log = structlog.get_logger(__name__)
 
 # Between two looks at the files that say who belongs.
 _LOOK_INTERVAL = 0.5  # seconds
+
+# Containers made and not freed before the young ones are looked through (Python's own: 700), which
+# takes about 1 ms; some MB of cycles wait at most. Then how many such rounds before a wider one.
+_GC_THRESHOLDS = (10_000, 10, 10)
 
 # A proxy needs two descriptors for each client; the usual soft limit of 1,024 is soon reached.
 _FILE_LIMIT = 65_536
@@ -48,7 +53,7 @@ def run_node_here(config: Config, read_again: Callable[[], Config]) -> int:
     run = partial(
         run_node,
         config,
-        on_ready=partial(announce_ready, config),
+        on_ready=partial(_on_ready, config),
         watch_settings=partial(follow_belonging_forever, config, read_again, reload),
         on_draining=_tell_draining,
         drain=drain,
@@ -180,6 +185,22 @@ class _Ending:
             self.exit_code = 130
         service_manager.notify(service_manager.STOPPING)
         self.scope.cancel()
+
+
+def _on_ready(config: Config, facts: Mapping[str, object]) -> None:
+    rest_collector()
+    announce_ready(config, facts)
+
+
+def rest_collector() -> None:
+    """Take what was loaded so far out of the garbage collector's rounds, and make those fewer.
+
+    Nearly all garbage here goes by counting references. Left alone, the collector looks through
+    hundreds of thousands of objects that stay, and takes a tenth of a busy node's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def announce_ready(config: Config, facts: Mapping[str, object]) -> None:
