@@ -44,10 +44,13 @@ class Client:
     def __init__(self, stream: TcpStream, limits: ClientLimits) -> None:
         self.stream = stream
         self.limits = limits
-        self.scope: trio.CancelScope | None = None  # of the request under way
+        # Ends with the client: one for all of its requests, as a scope costs as much as its parse.
+        self.connection = trio.CancelScope()
+        self.scope: trio.CancelScope | None = None  # the same, while a request is under way
         self.is_gone = False
         self.is_last = False  # the request under way, or the next one, is the connection's last
-        self.is_quiet = False  # no byte of a request has come, and none is under way
+        # Since when no byte of a request has come, and none is under way; trio.current_time().
+        self.quiet_since: float | None = None
         self._unread = b""
 
     @property
@@ -69,38 +72,49 @@ class Client:
             self.is_gone = True
             self.scope.cancel()
 
+    def begin_request(self) -> None:
+        """From here on the client's leaving ends what is done for it."""
+        self.scope = self.connection
+
     async def read_head(self) -> RequestHead | None:
         """Return the next request's head; None where no further request comes.
+
+        For its first byte it waits until the connection is closed: ``quiet_since`` tells since
+        when, for whoever closes those that are quiet for too long.
 
         Raises:
             BadRequest: it is not acceptable, or did not come in time (408).
             ClientGone: the client cut the connection in the middle of it.
         """
-        data, self._unread = self._unread, b""
-        limits = self.limits
-        with trio.move_on_after(limits.head_timeout if data else limits.keep_alive) as scope:
-            while (end := data.find(b"\r\n\r\n")) < 0 or end == 0:
-                if data[:2] == b"\r\n":
-                    data = data[2:]  # some clients send one too many behind a body
-                    continue
+        data = _without_blank_lines(self.take_unread())
+        while not data:
+            self.quiet_since = trio.current_time()
+            data = await self._receive()
+            self.quiet_since = None
+            if not data:
+                return None
+            data = _without_blank_lines(data)
+        end = data.find(b"\r\n\r\n")
+        if end < 0:  # seldom: nearly all come whole, and need no deadline
+            data, end = await self._read_rest_of_head(data)
+        self._unread = data[end + 4 :]
+        return parse_request(data[:end])
+
+    async def _read_rest_of_head(self, data: bytes) -> tuple[bytes, int]:
+        """Return what came up to the end of a head and maybe more, and where that end is."""
+        limit = self.limits.head_timeout
+        with trio.move_on_after(limit):
+            while (end := data.find(b"\r\n\r\n")) < 0:
                 if len(data) > 2:
                     check_beginning(data)
-                self.is_quiet = not data
                 more = await self._receive()
-                self.is_quiet = False
                 if not more:
-                    if data:
-                        raise ClientGone
-                    return None
-                # A whole head, as nearly all come, needs no other deadline.
-                if not data and b"\r\n\r\n" not in more:
-                    scope.deadline = trio.current_time() + limits.head_timeout
-                data += more
-            self._unread = data[end + 4 :]
-            return parse_request(data[:end])
+                    raise ClientGone
+                data = _without_blank_lines(data + more)
+            return data, end
         if not data:
-            return None
-        raise BadRequest(408, f"no whole request within {limits.head_timeout:g} s", "timeout")
+            raise ClientGone  # an empty line was all that came
+        raise BadRequest(408, f"no whole request within {limit:g} s", "timeout")
 
     def body_of(self, head: RequestHead) -> RequestBody:
         """Return the body that follows ``head``."""
@@ -152,6 +166,13 @@ class Client:
             return await self.stream.receive_some(_READ_BYTES)
         except (StreamReset, StreamClosed) as exc:
             raise ClientGone from exc
+
+
+def _without_blank_lines(data: bytes) -> bytes:
+    """Return what follows empty lines: some clients send one too many behind a body."""
+    while data[:2] == b"\r\n":
+        data = data[2:]
+    return data
 
 
 class RequestBody:

@@ -105,13 +105,14 @@ class Gateway:
         self._acceptor.close()
         for client in self._open:
             client.is_last = True
-            if client.is_quiet:
+            if client.quiet_since is not None:
                 client.stream.close()
 
     async def serve_forever(self, listeners: Sequence[trio.SocketListener]) -> None:
         """Accept clients until cancelled; then cut those that are left."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch.watch_forever)
+            nursery.start_soon(self._close_quiet_forever)
             await self._acceptor.serve_forever(self.serve_client, listeners)
             nursery.cancel_scope.cancel()
 
@@ -123,8 +124,12 @@ class Gateway:
         self._watch.add(fd, client)
         self._open.add(client)
         try:
-            while await self._serve_request(client):
-                pass
+            # Who goes away ends this scope, through the watch.
+            with client.connection:
+                while await self._serve_request(client):
+                    pass
+            if client.connection.cancelled_caught:
+                self._count("client_gone")
         except ClientGone:
             pass
         except Exception as exc:  # the guard of every client: the node must live
@@ -145,16 +150,24 @@ class Gateway:
             client.stream.close()
             return False
         request = _Request(self, client, head)
-        # Who goes away ends this scope, through the watch.
-        with trio.CancelScope() as client.scope:
-            try:
-                return await request.serve()
-            except ClientGone:
-                pass
-            finally:
-                client.scope = None
-        self._count("client_gone")
-        return False
+        client.begin_request()
+        try:
+            return await request.serve()
+        except ClientGone:
+            self._count("client_gone")
+            return False
+        finally:
+            client.scope = None
+
+    async def _close_quiet_forever(self) -> None:
+        """Close connections on which no request came for long; one task for all of them."""
+        limit = self._settings.limits.keep_alive
+        while True:
+            await trio.sleep(min(1.0, limit / 4))
+            due = trio.current_time() - limit
+            for client in self._open:
+                if client.quiet_since is not None and client.quiet_since <= due:
+                    client.stream.close()
 
     async def _refuse_unread(self, client: Client, exc: BadRequest) -> bool:
         """Answer a request that could not be read; nothing is known of what follows it."""

@@ -51,9 +51,14 @@ class YamuxStream(IMuxedStream):
         """Queue all of ``data``, waiting as long as the reader needs for all but a buffer of it."""
         await trio.lowlevel.checkpoint_if_cancelled()
         view = memoryview(data if isinstance(data, bytes) else bytes(data))
-        try:
+        if not self._sending.locked():
+            # Nearly always there is room for all of it, and nobody to take turns with.
+            view = view[self._state.write(view) :]
+            self.muxed_conn.kick()
+            if not view:
+                return
             self._sending.acquire_nowait()
-        except trio.WouldBlock:
+        else:
             await self._sending.acquire()
         try:
             while True:
