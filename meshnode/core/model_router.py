@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from meshnode.core.decision import MAX_ROWS, CandidateRow, Decision, Tier
 from meshnode.core.lease import Lease
@@ -44,8 +44,7 @@ _MAX_RANKINGS = 256
 Chain = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelRequest:
+class ModelRequest(NamedTuple):
     """What is asked of one decision."""
 
     now: float  # seconds on this node's monotonic clock

@@ -8,6 +8,7 @@ to say, in its own words: a missing model, messages that are no list, a temperat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from meshnode.core import canonical_prompt
@@ -121,6 +122,7 @@ def parse_request(method: str, path: str, content_type: str, body: bytes) -> Rou
     )
 
 
+@lru_cache(maxsize=64)  # asked thrice for each request; a target has 16 KiB at the most
 def _endpoint(path: str) -> _Endpoint | None:
     plain = _plain(path)
     return _ENDPOINTS.get("/v1" + plain if plain in _UNVERSIONED else plain)

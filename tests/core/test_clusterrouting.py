@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def test_the_worked_rotation_goes_round_when_each_pick_refreshes_last_used() -> 
         picked = pick_best_replica(pool.values())
         assert picked is not None
         sequence.append(picked.node_id)
-        pool[picked.node_id] = replace(picked, last_used=float(turn))
+        pool[picked.node_id] = picked._replace(last_used=float(turn))
     assert sequence == vector["sequence"]
 
 
@@ -126,7 +125,7 @@ def test_rotation_gives_every_peer_one_turn_in_each_round(vram: list[int], round
         picked = pick_best_replica(pool)
         assert picked is not None
         turns[picked.node_id] += 1
-        pool[int(picked.node_id)] = replace(picked, last_used=float(turn))
+        pool[int(picked.node_id)] = picked._replace(last_used=float(turn))
     assert set(turns.values()) == {rounds}
 
 
@@ -141,7 +140,7 @@ def test_a_burst_that_counts_its_own_picks_spreads_within_one_request(
     for _ in range(burst):
         picked = pick_best_replica(pool)
         assert picked is not None
-        pool[int(picked.node_id)] = replace(picked, in_flight=picked.in_flight + 1)
+        pool[int(picked.node_id)] = picked._replace(in_flight=picked.in_flight + 1)
     loads = [c.in_flight for c in pool]
     assert max(loads) - min(loads) <= 1
 

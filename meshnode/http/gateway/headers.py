@@ -82,7 +82,9 @@ def request_for_engine(
         without = without | {b"traceparent"}
     lines = [
         b"%b %b HTTP/1.1\r\nhost: %b" % (head.method, head.target, head.host or b"localhost"),
-        *_passing(head.fields, _OF_THE_REQUEST | without, head.connection),
+        *_passing(
+            head.fields, _OF_THE_REQUEST | without if without else _OF_THE_REQUEST, head.connection
+        ),
         b"x-request-id: " + request_id,
         b"via: 1.%d meshnode" % head.minor,
     ]
@@ -129,7 +131,7 @@ def answer_for_client(
 def _passing(
     fields: tuple[Field, ...], stopping: frozenset[bytes], connection: frozenset[bytes]
 ) -> list[bytes]:
-    if connection - {b"keep-alive", b"close"}:
+    if connection and connection - {b"keep-alive", b"close"}:
         stopping = stopping | (connection - _NEVER_NAMED)
     return [line for name, _, line in fields if name not in stopping]
 

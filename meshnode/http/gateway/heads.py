@@ -8,7 +8,7 @@ would let one client's bytes become another one's request, so all of that is ref
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Heads of browsers with all their cookies stay below 16 KiB; engines refuse more than 64 KiB.
 MAX_HEAD_BYTES = 64 * 1024
@@ -46,8 +46,7 @@ class BadResponse(Exception):
     """An engine answered with something that is not HTTP, or ambiguous."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHead:
+class RequestHead(NamedTuple):
     """A request up to its body."""
 
     method: bytes
@@ -74,15 +73,14 @@ class RequestHead:
 
     def value(self, name: bytes) -> bytes | None:
         """Return the first field of that name (lower case)."""
-        return next((value for key, value, _ in self.fields if key == name), None)
+        return _first(self.fields, name)
 
     def text(self, name: bytes) -> str:
         """Return the first field of that name as text; empty if there is none."""
         return (self.value(name) or b"").decode("latin-1")
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     """A response up to its body."""
 
     status: int
@@ -103,7 +101,14 @@ class ResponseHead:
 
     def value(self, name: bytes) -> bytes | None:
         """Return the first field of that name (lower case)."""
-        return next((value for key, value, _ in self.fields if key == name), None)
+        return _first(self.fields, name)
+
+
+def _first(fields: tuple[Field, ...], name: bytes) -> bytes | None:
+    for key, value, _ in fields:
+        if key == name:
+            return value
+    return None
 
 
 def check_beginning(data: bytes) -> None:
