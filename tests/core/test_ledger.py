@@ -289,7 +289,9 @@ def test_the_services_of_the_newest_announcement_count(ledger: Ledger) -> None:
     assert {entry.peer_id for entry in ledger.offering("embed", 1.0)} == {"a", "b"}
     ledger.mark_down("a", "cut", 2.0)
     assert {entry.peer_id for entry in ledger.offering("embed", 2.0)} == {"b"}
+    assert ledger.offers_any(2.0)
     assert ledger.offering("embed", 40.0) == []
+    assert not ledger.offers_any(40.0)
 
 
 def test_a_peer_that_names_a_service_twice_is_listed_once(ledger: Ledger) -> None:

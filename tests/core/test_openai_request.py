@@ -155,6 +155,7 @@ def test_half_a_surrogate_pair_in_a_prompt_is_no_matter_but_in_a_model_it_is() -
         (b'{"model":["m"]}', "model is no text"),
         (b'{"model":"a","model":"b"}', "more than once"),
         (b'{"model":"a","Model":"b"}', "more than once"),
+        (b'{"model":"a","\\u006dodel":"b"}', "more than once"),
         (b'{"model":"a","mod\\u0065l":"b"}', "more than once"),
         (b'{"model":"a\\nb"}', "not printable"),
         (b'{"model":"' + b"m" * 300 + b'"}', "longer than 256"),
