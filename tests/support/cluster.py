@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from support import lan
+
 T = TypeVar("T")
 
 # Twelve interpreters that start at once on two busy cores take minutes; a hang takes for ever.
@@ -135,11 +137,7 @@ class Node(Process):
 
     def get(self, path: str) -> Any:
         url = f"http://{self.ready['api']}{path}"
-        if self.netns is not None:
-            body = _get_within(self.netns, url)
-        else:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                body = answer.read()
+        body = _fetch(url) if self.netns is None else lan.within(self.netns, lambda: _fetch(url))
         return json.loads(body) if path.startswith("/api/") else body.decode()
 
     def peers(self) -> list[dict[str, Any]]:
@@ -165,17 +163,14 @@ class Node(Process):
         return [json.loads(line) for line in list(self.err)]
 
 
-def _within(netns: str | None) -> list[str]:
+def _fetch(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        body: bytes = answer.read()
+        return body
+
+
+def _prefix(netns: str | None) -> list[str]:
     return ["ip", "netns", "exec", netns] if netns is not None else []
-
-
-def _get_within(netns: str, url: str) -> bytes:
-    """Fetch from a loopback that only processes in that namespace have."""
-    script = (
-        "import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())"
-    )
-    argv = [*_within(netns), sys.executable, "-I", "-c", script, url]
-    return subprocess.run(argv, capture_output=True, check=True, timeout=20).stdout
 
 
 class Engine(Process):
@@ -256,7 +251,7 @@ class Cluster:
             argv = ["prlimit", f"--nofile={max_files}:{max_files}", *argv]
         own = self._wrong_clock(clock_offset) | (env or {})
         environment = self.env(MESHNODE_TOKEN=self.token if token is None else token, **own)
-        node = Node([*_within(netns), *argv, *args], environment)
+        node = Node([*_prefix(netns), *argv, *args], environment)
         node.state_dir = state_dir
         node.netns = netns
         self.processes.append(node)
@@ -280,7 +275,7 @@ class Cluster:
     def start_engine(self, name: str, *args: str, netns: str | None = None) -> Engine:
         """Start an engine without waiting for it."""
         argv = [sys.executable, "-m", "meshnode.testing.engine", "--name", name, "--port", "0"]
-        engine = Engine([*_within(netns), *argv, *args], self.env())
+        engine = Engine([*_prefix(netns), *argv, *args], self.env())
         self.processes.append(engine)
         return engine
 
