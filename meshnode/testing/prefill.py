@@ -66,8 +66,8 @@ class Talk:
     document: int = 1000  # words, which the first question brings along
     question: int = 40  # words
     turns: int = 6
-    start_within: float = 4.0  # seconds in which they all begin
-    think: tuple[float, float] = (1.0, 4.0)  # seconds from an answer to the next question
+    start_within: float = 8.0  # seconds in which they all begin
+    think: tuple[float, float] = (2.0, 7.0)  # seconds from an answer to the next question
 
 
 @dataclass

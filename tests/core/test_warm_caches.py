@@ -26,7 +26,7 @@ from meshnode.testing.prefill import Conversation, PrefixCache, Talk
 
 HOSTS = ("a", "b", "c", "d")
 CONVERSATIONS = 50
-READ_RATE = 6000.0  # tokens a second, of prompts
+READ_RATE = 3000.0  # tokens a second, of prompts
 WRITE_RATE = 100.0  # of answers
 ANSWER = "this is what an engine says " * 4
 
