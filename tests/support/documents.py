@@ -106,13 +106,17 @@ def blocks_of(path: Path) -> list[Block]:
 # Checking what is not run
 
 
-def check_command(command: str) -> list[str]:
-    """Return what is wrong with the flags and paths of a shell command."""
+def check_command(command: str, *, is_whole: bool = True) -> list[str]:
+    """Return what is wrong with the flags and paths of a shell command.
+
+    Args:
+        is_whole: nothing that the verb wants may be missing.
+    """
     wrong = []
     for part in re.split(r"&&|\|\||[|;>]", command):
         words = [word for word in shlex.split(part, comments=True) if word != "sudo"]
         if words[:1] == ["meshnode"]:
-            wrong += _flags_wrong(words[1:])
+            wrong += _flags_wrong(words[1:], is_whole)
         wrong += [
             f"there is no {word}"
             for word in words
@@ -122,12 +126,14 @@ def check_command(command: str) -> list[str]:
     return wrong
 
 
-def _flags_wrong(words: list[str]) -> list[str]:
+def _flags_wrong(words: list[str], is_whole: bool) -> list[str]:
     words = fill_in_proxy(words)
     command: Any = typer.main.get_command(build_app(words))
     name = "meshnode"
     while (inner := getattr(command, "commands", None)) is not None:
         if words and words[0] in ("--version", "--help", "--install-completion"):
+            return []
+        if not words and not is_whole:
             return []
         if not words or words[0] not in inner:
             return [f"{name} has no verb {' '.join(words[:1])}"]
@@ -140,8 +146,33 @@ def _flags_wrong(words: list[str]) -> list[str]:
             app.command("up")(up)
             typer.main.get_command(app).make_context(name, rest).close()
     except TyperException as exc:
+        if not is_whole and type(exc).__name__ == "MissingParameter":
+            return []
         return [f"{name} {' '.join(words)}: {exc}"]
     return []
+
+
+def spoken_of(page: Path) -> list[str]:
+    """Return what stands between backticks in a page's prose."""
+    prose = _BLOCK.sub("", page.read_text())
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+def all_flags() -> set[str]:
+    """Return every flag of every verb."""
+    flags: set[str] = set()
+    for words in ([], ["token"], ["config"]):
+        group: Any = typer.main.get_command(build_app(words or ["--help"]))
+        flags |= {flag for option in group.params for flag in option.opts}
+        for word in words:
+            group = group.commands[word]
+        for name in group.commands:
+            verb: Any = typer.main.get_command(build_app([*words, name]))
+            for word in (*words, name):
+                verb = verb.commands[word]
+            options = [option for option in verb.params if option.param_type_name == "option"]
+            flags |= {f for option in options for f in (*option.opts, *option.secondary_opts)}
+    return flags
 
 
 # Running the rest
@@ -153,7 +184,7 @@ class Machine:
 
     name: str
     node: Node | None = None
-    engine: Engine | None = None
+    serves: bool = False  # whether its node exposes the engine
     env: dict[str, str] = field(default_factory=dict)
     key: str = ""  # of its control API, if it wants one
 
@@ -169,9 +200,10 @@ class Machine:
 class Session:
     """One page's commands, on machines that are processes with ports and folders of their own."""
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, engine: Engine) -> None:
         self.cluster = cluster
         self.folder = folder
+        self.engine = engine  # one for all, as starting it takes longer than what is asked of it
         self.machines: dict[str, Machine] = {}
         self.printed: list[str] = []
         # An HTTP error is an error, and nothing waits for ever.
@@ -268,7 +300,7 @@ class Session:
 
     def _wait_until_all_know_all(self) -> None:
         running = {m.name: m for m in self.machines.values() if m.node is not None}
-        hosts = {name for name, machine in running.items() if machine.engine is not None}
+        hosts = {name for name, machine in running.items() if machine.serves}
 
         def stands() -> bool:
             for machine in running.values():
@@ -313,9 +345,8 @@ class Session:
             command = shlex.join(fill_in_proxy(shlex.split(command)))
             command = re.sub(r"(--(?:proxy|api)[= ]\S+):(?:8080|4280)\b", r"\1:0", command)
         if _ENGINE in command:
-            if machine.engine is None:
-                machine.engine = self.cluster.engine(machine.name, "--model", "llama3.2")
-            command = command.replace(_ENGINE, machine.engine.address)
+            machine.serves = machine.serves or command.startswith("meshnode up")
+            command = command.replace(_ENGINE, self.engine.address)
         if machine.node is not None:
             command = command.replace(_PROXY, str(machine.node.ready["proxy"]))
             command = command.replace(_API, str(machine.node.ready["api"]))
@@ -343,6 +374,25 @@ def _word(word: str) -> str:
     if not re.search(r"\d|…", number):
         return re.escape(word)
     return rf"\S+(?: {unit})?" if unit else r"\S+"
+
+
+def run_page(page: Path, cluster: Cluster, folder: Path, engine: Engine) -> None:
+    """Run all of a page's blocks that are to be run.
+
+    Raises:
+        AssertionError: one does something else than the page says.
+    """
+    session = Session(cluster, folder, engine)
+    ran = False
+    for block in blocks_of(page):
+        if block.not_run is not None:
+            ran = ran and block.kind != "sh"
+            continue
+        # What is shown after a block that was not run can't be compared either.
+        if block.kind == "text" and block.file is None and not ran:
+            assert block.sample is not None, f"{block.where} says not why it is not compared"
+        session.run(block)
+        ran = ran or block.kind in ("sh", "python")
 
 
 def shell_blocks() -> Iterator[Block]:
