@@ -72,7 +72,7 @@ def _run_and_close(page: Path, cluster: Cluster, engine: Engine) -> None:
         cluster.close()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(
     shutil.which("curl") is None, reason="curl is not here; on Debian: apt-get install curl"
 )

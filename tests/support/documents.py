@@ -207,7 +207,7 @@ class Session:
         self.machines: dict[str, Machine] = {}
         self.printed: list[str] = []
         # An HTTP error is an error, and nothing waits for ever.
-        (folder / ".curlrc").write_text("fail-with-body\nmax-time = 30\n")
+        (folder / ".curlrc").write_text("fail-with-body\nmax-time = 90\n")
 
     def run(self, block: Block) -> None:
         """Do what a block says."""
@@ -244,7 +244,7 @@ class Session:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         self.printed = (done.stdout + done.stderr).splitlines()
@@ -257,7 +257,7 @@ class Session:
     def _look_on(self, block: Block, machine: Machine, command: str) -> None:
         """Start what shows something until it is ended, see that it does, and end it."""
         watching = self._process(machine, command)
-        eventually(lambda: watching.out, within=30)
+        eventually(lambda: watching.out, within=60)
         watching.signal(signal.SIGINT)
         assert watching.wait(20) in (0, 130), "\n".join(watching.err)
         self.printed = list(watching.out)
@@ -281,7 +281,7 @@ class Session:
             # The last of the lines for people.
             return any(line.startswith("  meshnode up ") for line in list(node.err))
 
-        eventually(is_up, within=60)
+        eventually(is_up, within=120)
         told = "\n".join(node.err)
         self.printed = told.splitlines()
         proxy = re.search(r"^  proxy +http://([^/\n]+)", told, re.M)
@@ -311,7 +311,7 @@ class Session:
                     return False
             return True
 
-        eventually(stands, within=30)
+        eventually(stands, within=90)
 
     def _machine(self, name: str) -> Machine:
         if name not in self.machines:
