@@ -28,14 +28,7 @@ class Candidate(NamedTuple):
 
     @property
     def row(self) -> CandidateRow:
-        return self._with_model(self.standing.row)
-
-    def row_at(self, now: float, *, passed_over: bool = False) -> CandidateRow:
-        """Return the row to show, as ``Standing.row_at``."""
-        return self._with_model(self.standing.row_at(now, passed_over=passed_over))
-
-    def _with_model(self, row: CandidateRow) -> CandidateRow:
-        return row._replace(service_id=self.service_id, loaded=self.loaded)
+        return self.standing.row
 
     @property
     def in_flight(self) -> int:
@@ -45,8 +38,10 @@ class Candidate(NamedTuple):
 def candidate(standing: Standing, service_id: str, loaded: bool) -> Candidate:
     """Return a standing as a candidate for one model."""
     in_flight, last_used, less_vram = standing.rank
+    # Here and not in each decision, as that shows fifty of them and a request changes one.
+    row = standing.row._replace(service_id=service_id, loaded=loaded)
     rank = (in_flight, not loaded, last_used, less_vram)
-    return Candidate(rank, standing.peer_id, service_id, standing, loaded)
+    return Candidate(rank, standing.peer_id, service_id, standing._replace(row=row), loaded)
 
 
 def deciding_tier(best: Candidate, runner_up: Candidate | None) -> Tier:
@@ -138,6 +133,6 @@ class ModelRanking:
             if not may(each):
                 yield each.row._replace(excluded="already tried")
             elif able is self.ready or each not in able:
-                yield each.row_at(now, passed_over=True)
+                yield each.standing.row_at(now, passed_over=True)
         for each in self.held_back.values():
-            yield each.row_at(now)
+            yield each.standing.row_at(now)
