@@ -125,6 +125,35 @@ class Metrics:
             ["outcome"],  # sent, ignored, confirmed, wrong
             registry=registry,
         )
+        self.affinity_batches = Counter(
+            "meshnode_affinity_batches_total",
+            "Batches of warm prompts sent to other entry nodes, and accepted from them",
+            ["direction"],  # sent, received
+            registry=registry,
+        )
+        self.affinity_batches_rejected = Counter(
+            "meshnode_affinity_batches_rejected_total",
+            "Batches of warm prompts not taken, by the error code of protocols/affinity",
+            ["reason"],  # besides those: rate (of one origin), budget (of all together)
+            registry=registry,
+        )
+        self.affinity_blocks = Counter(
+            "meshnode_affinity_blocks_total",
+            "Blocks of warm prompts: told, not told for want of room or time, and those heard",
+            ["outcome"],  # sent, dropped; taken, not_offered (wrong or too late), crowded
+            registry=registry,
+        )
+        self.affinity_blocks_known = Gauge(
+            "meshnode_affinity_blocks_known",
+            "Blocks of prompts of which this node knows who served them last",
+            registry=registry,
+        )
+        self.affinity_pressure = Gauge(
+            "meshnode_affinity_pressure",
+            "Requests of the last minute that load drove off their warm cache, by model",
+            ["model"],  # of the models here that have any, the busiest 50
+            registry=registry,
+        )
         self.gpu_read_errors = Counter(
             "meshnode_gpu_read_errors_total",
             "Failed readings of GPU memory",

@@ -94,6 +94,7 @@ class Node:
                 services=_services(config),
                 policy=config.policy,
                 affinity=config.affinity,
+                is_gateway=config.proxy is not None and config.proxy_mode == "http",
                 prompt_seed=network_seed(belonging.keys[0]),
                 relay=config.relay,
                 announce_interval=config.announce_interval,

@@ -35,6 +35,7 @@ _PING_LIMIT = 4.0  # seconds
 _LIVE_PEERS = 500
 _LIVE_DECISIONS = 12
 _LIVE_CANDIDATES = 8
+_MODELS_SHOWN = 50  # as metric labels; a mesh may have more models than a scrape should
 _STATES = get_args(EntryState)
 
 
@@ -254,4 +255,9 @@ class LiveView:
             counts[entry.state_at(now)] += 1
         for state, count in counts.items():
             self._metrics.peers.labels(state=state).set(count)
+        models = self._member.models
+        self._metrics.affinity_blocks_known.set(models.blocks_known)
+        self._metrics.affinity_pressure.clear()
+        for model, count in models.pressure.highest(now, _MODELS_SHOWN):
+            self._metrics.affinity_pressure.labels(model=model).set(count)
         return self._metrics.registry

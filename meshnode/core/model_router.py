@@ -148,9 +148,15 @@ class ModelRouter:
 
     # News
 
-    def take_observed(self, observed: Observed, now: float) -> None:
-        """Take in what another entry node routed."""
-        self._prefixes.observe(observed.model, observed.blocks, observed.place, now)
+    def take_observed(self, observed: Observed, now: float) -> bool:
+        """Take in what another entry node routed, if the service named may have the model."""
+        place = observed.place
+        having = self.index.having(observed.model) or self.index.silent
+        # A word about a peer that has left meanwhile would outlive it.
+        if place not in having or not self._is_online(place[0], now):
+            return False
+        self._prefixes.observe(observed.model, observed.blocks, place, now)
+        return True
 
     @property
     def blocks_known(self) -> int:

@@ -78,3 +78,9 @@ class Pressure:
         while times and now - times[0] > PRESSURE_WINDOW:
             times.popleft()
         return len(times) if times else 0
+
+    def highest(self, now: float, most: int) -> list[tuple[str, int]]:
+        """Return the models that have any and their counts, the highest first."""
+        counts = [(model, self.of(model, now)) for model in self._times]
+        counts.sort(key=lambda row: (-row[1], row[0]))
+        return [row for row in counts[:most] if row[1]]

@@ -27,17 +27,20 @@ class RateLimit:
         self._max_keys = max_keys
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
 
-    def allows(self, key: str, now: float) -> bool:
-        """Count one, unless ``key`` has had its share; ``now`` is in seconds on any clock."""
+    def allows(self, key: str, now: float, cost: float = 1.0) -> bool:
+        """Count ``cost``, unless that is more than is left of the share of ``key``.
+
+        ``now`` is in seconds on any clock.
+        """
         bucket = self._buckets.pop(key, None) or _Bucket(self._burst, now)
         self._buckets[key] = bucket  # the latest stands last
         if len(self._buckets) > self._max_keys:
             self._buckets.popitem(last=False)
         bucket.tokens = self._tokens(bucket, now)
         bucket.at = now
-        if bucket.tokens < 1.0:
+        if bucket.tokens < cost:
             return False
-        bucket.tokens -= 1.0
+        bucket.tokens -= cost
         return True
 
     def is_spent(self, key: str, now: float) -> bool:

@@ -22,6 +22,7 @@ from meshnode.core.model_router import Affinity, ModelRouter
 from meshnode.core.node_data import MAX_ADDRS, NODE_ONLINE_WINDOW, NodeData, State
 from meshnode.core.router import Policy, Router
 from meshnode.metrics import Metrics
+from meshnode.net.affinity import AffinityGossip, affinity_topic
 from meshnode.net.ejections import tell_ejection
 from meshnode.net.federation_exit import ExitPoint
 from meshnode.net.gossip import ANNOUNCE_INTERVAL, Announcer, Hearer, announce_topic
@@ -60,6 +61,7 @@ class MemberSettings:
     policy: Policy = "vram"
     relay: bool = False  # whether the mesh given carries connections for others
     affinity: Affinity = "prefix"
+    is_gateway: bool = False  # whether it routes clients' requests by their prompts
     prompt_seed: int = 0  # uint64, the network's own: the same prompt hashes otherwise elsewhere
     # Seconds, both; in a large mesh they stretch together (core/budget).
     announce_interval: float = ANNOUNCE_INTERVAL
@@ -150,6 +152,14 @@ class Member:
             metrics=metrics,
         )
         sync.on_dispute = self.loss_reports.settle
+        self.affinity = AffinityGossip(
+            mesh,
+            self.models,
+            topic=affinity_topic(settings.network),
+            takes_part=settings.is_gateway and settings.affinity == "prefix",
+            rng=rng,
+            metrics=metrics,
+        )
         self.services = LocalServices(
             settings.services, metrics=metrics, on_change=self.announcer.changed
         )
@@ -181,6 +191,7 @@ class Member:
             nursery.start_soon(self.services.check_health_forever)
             nursery.start_soon(self.upstreams.sweep_forever)
             nursery.start_soon(self.loss_reports.run_forever)
+            nursery.start_soon(self.affinity.share_forever)
             nursery.start_soon(self.peering.run_forever)
 
     def _is_in_use(self, peer_id: str) -> bool:

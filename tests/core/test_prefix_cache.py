@@ -100,6 +100,15 @@ def test_pressure_counts_the_last_minute_of_one_model() -> None:
     assert pressure.of("other", 60.0) == 0
 
 
+def test_the_models_under_most_pressure_come_first_and_those_without_any_not_at_all() -> None:
+    pressure = Pressure()
+    for model, count in (("calm", 1), ("busy", 3), ("past", 2)):
+        for _ in range(count):
+            pressure.count(model, 0.0 if model == "past" else 50.0)
+    assert pressure.highest(70.0, 10) == [("busy", 3), ("calm", 1)]
+    assert pressure.highest(70.0, 1) == [("busy", 3)]
+
+
 def test_pressure_is_kept_of_so_many_models_only() -> None:
     pressure = Pressure()
     for number in range(2000):

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from meshnode.core import ledger_exchange, loss_report, membership, node_data, token, tunnel
+from meshnode.core import (
+    affinity_batch,
+    ledger_exchange,
+    loss_report,
+    membership,
+    node_data,
+    token,
+    tunnel,
+)
 from meshnode.core.wire import FrameDecoder
 from meshnode.errors import TokenInvalid, WireError
 from meshnode.net.libp2p.envelope import open_sealed
@@ -41,6 +49,7 @@ READERS: list[tuple[str, str, str, Callable[[bytes], object]]] = [
     ("ledger", "canonical", "hex", ledger_exchange.decode),
     ("ledger", "parts", "stream", read_part),
     ("loss", "canonical", "hex", loss_report.decode),
+    ("affinity", "canonical", "hex", affinity_batch.decode),
     ("tunnel", "canonical", "hex", tunnel.decode_reply),
     ("tunnel", "canonical", "hex", tunnel.decode_request),
     ("tunnel", "requests", "stream", read_requests),
@@ -83,7 +92,7 @@ def test_damaged_bytes_raise_nothing_but_wire_errors(
     outcomes = {outcome_of(read, damaged(rng.choice(originals), rng)) for _ in range(4000)}
     assert len(outcomes) > 1
     assert outcomes <= {"ok", "wrong_signer", "bad_envelope"} | set().union(
-        *(m.ERROR_CODES for m in (node_data, membership, ledger_exchange, tunnel))
+        *(m.ERROR_CODES for m in (node_data, membership, ledger_exchange, affinity_batch, tunnel))
     )
 
 

@@ -17,6 +17,7 @@ import msgpack
 import pytest
 
 from meshnode.core import (
+    affinity_batch,
     ledger_exchange,
     loss_report,
     membership,
@@ -33,6 +34,7 @@ MODULES: dict[str, ModuleType] = {
     "membership/1.0.0": membership,
     "ledger/2.0.0": ledger_exchange,
     "loss/1.0.0": loss_report,
+    "affinity/1.0.0": affinity_batch,
     "tunnel/2.0.0": tunnel,
     "parting/1.0.0": parting,
 }

@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+import affinity
 import announce
 import ledger
 import loss
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3] / "protocols"
 
 
 def main(target: Path) -> None:
-    for protocol in (announce, membership, tokens, ledger, loss, tunnel, parting):
+    for protocol in (announce, membership, tokens, ledger, loss, affinity, tunnel, parting):
         for name, content in protocol.files().items():
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
