@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,13 @@ from hypothesis import HealthCheck, settings
 
 from support.cluster import Cluster
 from support.lan import Lan
+
+# A shell that runs the tests in the background lets them and their children ignore these; what
+# they do in a node is part of what is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # How long an example takes says something about the machine, and nothing about the code.
 settings.register_profile(

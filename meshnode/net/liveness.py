@@ -34,6 +34,7 @@ _GRACE = 0.1  # seconds
 _STALL = 1.0  # seconds
 # A closed connection gets one quick try, so that a flapping link evicts nobody.
 REDIAL_TIMEOUT = 1.0  # seconds
+_SECOND_TRY = 0.2  # seconds after the first
 # Bytes alone do not bring back, at once, a peer that answers pings but opens no streams.
 _PENALTY = 5.0  # seconds
 # Life signs are noted this coarsely: a finer grain tells nothing and costs a ledger write.
@@ -117,11 +118,19 @@ class Liveness:
         return has_returned
 
     async def link_went_down(self, event: LinkEvent) -> None:
-        """Try the peer once more; take it out if it can't be reached."""
+        """Try the peer again; take it out if it can't be reached.
+
+        Twice, as one failure may be a busy host's: whoever is dead refuses twice within
+        milliseconds, and whoever is only late is suspected meanwhile.
+        """
         peer_id = event.peer_id
         if not self._is_online(peer_id):
             return  # it said goodbye, or was found dead already
         error = await self._redial(peer_id)
+        if error is not None:
+            self._ledger.suspect(peer_id, f"{event.reason}; {error}", trio.current_time())
+            await trio.sleep(_SECOND_TRY)
+            error = await self._redial(peer_id)
         while error is not None and self._suspects_itself():
             self._suspect(peer_id, self._self_suspicion)
             await trio.sleep(_SELF_CHECK_INTERVAL)
@@ -139,7 +148,8 @@ class Liveness:
     async def _redial(self, peer_id: str) -> str | None:
         """Return why there is no link to the peer, after one try; None if there is."""
         try:
-            await self._dialler.connect(peer_id, timeout=REDIAL_TIMEOUT)
+            # Not ``connect``: its failure may be that of a dial that waits for its turn.
+            await self._dialler.probe(peer_id)
         except MeshError as exc:
             if not self._dialler.addrs_of(peer_id):
                 await trio.sleep(REDIAL_TIMEOUT)  # only it can dial: let it

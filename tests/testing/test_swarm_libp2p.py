@@ -29,6 +29,17 @@ async def test_eight_on_sockets_meet_miss_a_killed_one_and_take_it_back(
                 await trio.open_tcp_stream("127.0.0.1", int(addr_port(node.addr)))
 
 
+async def test_links_that_form_all_at_once_on_one_core_wrong_nobody(
+    real_swarm_of: OpenSwarm,
+) -> None:
+    # Dials cross, and some connections are closed as second ones; one failed redial is no death.
+    with trio.fail_after(100):
+        async with real_swarm_of(20) as swarm:
+            await swarm.wait_converged(within=60)
+            await swarm.wait_linked(19, within=60)
+            assert swarm.watch.false_evictions == []
+
+
 def addr_port(addr: str) -> str:
     return addr.split("/")[4]
 
