@@ -30,7 +30,7 @@ from meshnode.gpu.monitor import GpuMonitor
 from meshnode.gpu.probe import find_readers
 from meshnode.http import control_api, localai, server
 from meshnode.http.forward_api import ForwardApi
-from meshnode.http.guard import LOCAL_KEY_FILE, Access, make_local_key
+from meshnode.http.guard import LOCAL_KEY_FILE, Access, forget_local_key, make_local_key
 from meshnode.metrics import Metrics
 from meshnode.net.discovery import discover_forever
 from meshnode.net.drain import Drain
@@ -186,6 +186,7 @@ class Node:
 
     async def _run_parts(self, stop: trio.Event, on_ready: OnReady) -> None:
         async with AsyncExitStack() as sockets, trio.open_nursery() as mesh:
+            sockets.callback(forget_local_key, Path(self.config.state_dir))
             api = self._bind_api(sockets)
             proxy = await self._bind_proxy(sockets)
             self._view.started_at = trio.current_time()

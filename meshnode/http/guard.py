@@ -18,6 +18,7 @@ import hmac
 import ipaddress
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def make_local_key(state_dir: Path) -> str:
     key = secrets.token_urlsafe(32)
     write_atomically(state_dir / LOCAL_KEY_FILE, key.encode() + b"\n")
     return key
+
+
+def forget_local_key(state_dir: Path) -> None:
+    """Remove the key of a run that ends: it opens nothing any more."""
+    with suppress(OSError):
+        (state_dir / LOCAL_KEY_FILE).unlink(missing_ok=True)
 
 
 class Guard:
