@@ -81,7 +81,7 @@ class Hosts:
 
     def client(self) -> Node:
         return self.cluster.node(
-            *("client", "--proxy", "127.0.0.1:0"),
+            *("client", "--proxy", "127.0.0.1:0", "--proxy-mode", "tcp"),
             listen=LISTEN,
             bootstrap=self.bootstrap(OUTSIDE),
             netns=self.client_netns,
