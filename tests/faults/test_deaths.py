@@ -158,7 +158,8 @@ def test_a_stop_of_three_seconds_evicts_nobody(cluster: Cluster) -> None:
 
 def test_sigterm_with_three_live_streams(cluster: Cluster, figures: Figures) -> None:
     hosts = start_hosts(cluster, 2, *SLOW_ENGINE)
-    entry = cluster.entry(hosts[0])
+    # By load alone, so that six streams are three on each.
+    entry = cluster.entry(hosts[0], "--affinity", "off")
     wait_for(entry, "host0", "host1")
     # A newcomer gets one request at a time until three have gone well.
     assert failures(Client(entry).ask_many(20, 2)) == []
