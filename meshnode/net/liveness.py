@@ -32,9 +32,10 @@ _BEFORE_DOUBTING = 0.5  # seconds
 _GRACE = 0.1  # seconds
 # A timer this late means that this node itself stood still: its misses prove nothing.
 _STALL = 1.0  # seconds
-# A closed connection gets one quick try, so that a flapping link evicts nobody.
-REDIAL_TIMEOUT = 1.0  # seconds
+# A closed connection is tried again twice, so that a flapping link evicts nobody.
 _SECOND_TRY = 0.2  # seconds after the first
+# Who told no address can only dial itself; it gets this long to do so.
+_LET_IT_DIAL = 1.0  # seconds
 # Bytes alone do not bring back, at once, a peer that answers pings but opens no streams.
 _PENALTY = 5.0  # seconds
 # Life signs are noted this coarsely: a finer grain tells nothing and costs a ledger write.
@@ -152,7 +153,7 @@ class Liveness:
             await self._dialler.probe(peer_id)
         except MeshError as exc:
             if not self._dialler.addrs_of(peer_id):
-                await trio.sleep(REDIAL_TIMEOUT)  # only it can dial: let it
+                await trio.sleep(_LET_IT_DIAL)  # only it can dial: let it
             return None if self._dialler.is_linked(peer_id) else str(exc)
         return None
 
