@@ -51,12 +51,22 @@ const transcript = (dialler, listener, nonceD, nonceL) =>
     return [length, Buffer.from(part)]
   }))
 
+// What mDNS itself finds: the node's own discovery event also fires, without addresses, for one that
+// dialled us first.
+const discovery = (components) => {
+  const found = mdns({ serviceTag: `_p2p-${fingerprint}._udp.local`, interval: 1000 })(components)
+  found.addEventListener('peer', ({ detail }) => {
+    tell('found', { peer: detail.id.toString(), addrs: detail.multiaddrs.map(String) })
+  })
+  return found
+}
+
 const node = await createLibp2p({
   addresses: { listen: ['/ip4/0.0.0.0/tcp/0'] },
   transports: [tcp()],
   connectionEncrypters: [noise()],
   streamMuxers: [yamux()],
-  peerDiscovery: [mdns({ serviceTag: `_p2p-${fingerprint}._udp.local`, interval: 1000 })],
+  peerDiscovery: [discovery],
   services: { identify: identify(), ping: ping() },
   connectionManager: { autoDial: false }
 })
@@ -104,10 +114,6 @@ await node.handle(MEMBERSHIP, async (stream, connection) => {
     tell('refused', { peer, error: error.message })
     await stream.close()
   }
-})
-
-node.addEventListener('peer:discovery', ({ detail }) => {
-  tell('found', { peer: detail.id.toString(), addrs: detail.multiaddrs.map(String) })
 })
 
 const connectionTo = (peer) => node.getConnections().find((c) => c.remotePeer.toString() === peer)
