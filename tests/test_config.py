@@ -2,9 +2,17 @@ from __future__ import annotations
 
 import pytest
 
-from meshnode.config import Config, ExposedService, HostPort, field_names, resolve
+from meshnode.config import Config, field_names, resolve
 from meshnode.errors import ConfigError, TokenInvalid
-from meshnode.values import HealthCheck, format_size, parse_duration, parse_host_port, parse_size
+from meshnode.values import (
+    ExposedService,
+    HealthCheck,
+    HostPort,
+    format_size,
+    parse_duration,
+    parse_host_port,
+    parse_size,
+)
 
 PEER = "12D3KooWQYhTNQdmr3ArTeUHRYzFg94BKyTkoWBDWez9kSCVe2Xo"
 
