@@ -6,6 +6,8 @@ one node of each, and they tell the others.
 
 from __future__ import annotations
 
+from itertools import chain, repeat
+
 import structlog
 import trio
 
@@ -14,8 +16,8 @@ from meshnode.net.ledger_sync import LedgerSync
 from meshnode.net.mesh import Mesh
 from meshnode.net.rng import Rng
 
-# Soon after joining, when others may have joined unheard, then rarely.
-_FIRST_EXCHANGE = (4.0, 8.0)  # seconds, from and to
+# Soon after joining, when others may have joined unheard, then ever more rarely.
+_FIRST_EXCHANGES = ((1.0, 2.0), (2.0, 4.0), (4.0, 8.0))  # seconds, from and to
 _NEXT_EXCHANGE = (45.0, 75.0)
 _AFTER_FAILURE = (0.5, 1.0)
 # Peers that one exchange showed; a single one is a newcomer, who announces itself to all.
@@ -53,10 +55,9 @@ class AntiEntropy:
                     self._needs_ledger = False
                     self._nursery.start_soon(self._exchange_with_anyone)
                 await joined.wait()
-                await trio.sleep(self._rng.uniform(*_FIRST_EXCHANGE))
-                while True:
+                for wait in chain(_FIRST_EXCHANGES, repeat(_NEXT_EXCHANGE)):
+                    await trio.sleep(self._rng.uniform(*wait))
                     await self._exchange_with_anyone()
-                    await trio.sleep(self._rng.uniform(*_NEXT_EXCHANGE))
         finally:
             self._nursery = None
 

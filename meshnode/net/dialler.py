@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -54,6 +54,19 @@ class Backoff:
         self._next = self._first
 
 
+@dataclass(frozen=True, slots=True)
+class DialLimits:
+    """How many dials at a time and for how long; members of one process share its time and these.
+
+    Attributes:
+        slots: of dials that wait for their turn.
+        timeout: seconds, for one peer with all its addresses.
+    """
+
+    slots: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(MAX_DIALS))
+    timeout: float = DIAL_TIMEOUT
+
+
 @dataclass(slots=True)
 class _Failures:
     backoff: Backoff
@@ -61,14 +74,26 @@ class _Failures:
 
 
 class Dialler:
-    """Connects to peers by whichever of their addresses works."""
+    """Connects to peers by whichever of their addresses works.
 
-    def __init__(self, mesh: Mesh, ledger: Ledger, known: KnownPeers, rng: Rng) -> None:
+    Args:
+        limits: of this node alone, unless members share a process.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        ledger: Ledger,
+        known: KnownPeers,
+        rng: Rng,
+        limits: DialLimits | None = None,
+    ) -> None:
         self._mesh = mesh
         self._ledger = ledger
         self._known = known
         self._rng = rng
-        self._slots = trio.CapacityLimiter(MAX_DIALS)
+        self._limits = limits or DialLimits()
+        self._waiting: set[str] = set()  # for their turn
         self._under_way: dict[str, trio.Event] = {}
         self._failures: dict[str, _Failures] = {}
         self._worked: dict[str, str] = {}  # the address that last led to a peer
@@ -80,8 +105,15 @@ class Dialler:
 
     def may_try(self, peer_id: str, now: float) -> bool:
         """Whether nothing dials this peer already, and its backoff is over."""
+        if peer_id in self._under_way or peer_id in self._waiting:
+            return False
         failures = self._failures.get(peer_id)
-        return peer_id not in self._under_way and (failures is None or now >= failures.not_before)
+        return failures is None or now >= failures.not_before
+
+    @property
+    def waiting(self) -> int:
+        """How many dials wait for their turn."""
+        return len(self._waiting)
 
     def addrs_of(self, peer_id: str) -> tuple[str, ...]:
         """Return where the peer can be dialled, the address most likely to work first.
@@ -112,7 +144,7 @@ class Dialler:
             self._found.pop(next(iter(self._found)))
         self._found[peer_id] = addrs
 
-    async def connect(self, peer_id: str, *, timeout: float = DIAL_TIMEOUT) -> None:
+    async def connect(self, peer_id: str, *, timeout: float) -> None:
         """Make a link to a peer of the ledger unless there is one.
 
         Raises:
@@ -137,6 +169,23 @@ class Dialler:
             self._note_failure(peer_id)
             raise
         self._failures.pop(peer_id, None)
+
+    async def connect_in_turn(self, peer_id: str, *, wanted: Callable[[], bool]) -> None:
+        """Connect as ``connect`` does, once it is this dial's turn, if it is still wanted then.
+
+        The wait for the turn is no part of the time that the peer has: how busy this node is says
+        nothing about the peer.
+
+        Raises: as ``connect``.
+        """
+        self._waiting.add(peer_id)
+        try:
+            async with self._limits.slots:
+                self._waiting.discard(peer_id)
+                if wanted():
+                    await self.connect(peer_id, timeout=self._limits.timeout)
+        finally:
+            self._waiting.discard(peer_id)
 
     async def probe(self, peer_id: str) -> None:
         """Find out whether a peer can be reached, by a link to it if there is none.
@@ -164,12 +213,14 @@ class Dialler:
         self._note_failure(peer_id)
         raise failure
 
-    async def dial(self, addr: str, *, timeout: float = DIAL_TIMEOUT) -> str:
-        """Connect to one address; return the peer ID found there. Raises as ``Mesh.dial``."""
+    async def dial(self, addr: str) -> str:
+        """Connect to one address, a bootstrap's; return the peer ID found there.
+
+        Raises: as ``Mesh.dial``.
+        """
         expected = addr.rpartition("/p2p/")[2]
         with self._marked_under_way(expected):
-            async with self._slots:
-                peer_id = await self._mesh.dial(addr, timeout=timeout)
+            peer_id = await self._mesh.dial(addr, timeout=self._limits.timeout)
         self._remember(peer_id, addr)
         return peer_id
 
@@ -205,10 +256,9 @@ class Dialler:
     async def _try_addrs(self, peer_id: str, addrs: tuple[str, ...]) -> None:
         failure: MeshError = PeerUnreachable(f"{peer_id} told no address")
         for number, addr in enumerate(addrs, start=1):
-            timeout = DIAL_TIMEOUT if number == len(addrs) else _ADDR_TIMEOUT
+            timeout = self._limits.timeout if number == len(addrs) else _ADDR_TIMEOUT
             try:
-                async with self._slots:
-                    await self._mesh.dial(addr, timeout=timeout)
+                await self._mesh.dial(addr, timeout=timeout)
             except TokenRefused:
                 raise  # its other addresses lead to the same token
             except PeerUnreachable as exc:

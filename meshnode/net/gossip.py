@@ -30,8 +30,6 @@ MIN_SPACING = 1.0  # seconds
 # A new link's topic streams open a moment after the link itself.
 _LINK_SETTLES = 0.15  # seconds
 LEAVING_TIMEOUT = 1.0  # seconds
-# The first links of a node are its way into the mesh. A small mesh has them all.
-_LINKS_TOLD = 30
 _EXPIRE_INTERVAL = 1.0  # seconds
 # A timer this late means that this node stood still, as when it was stopped by a signal.
 _STALL = 1.0  # seconds
@@ -226,7 +224,7 @@ class Announcer:
         In a mesh of up to 25 nodes it is always this node's turn.
         """
         now, nodes = trio.current_time(), self._nodes()
-        if self._pacer.share(nodes) <= MIN_SPACING or self._can_be_used_otherwise():
+        if self._is_always_its_turn() or self._can_be_used_otherwise():
             self.say_now()
         elif self._load_due > now:
             self._load_due = min(self._load_due, self._pacer.first_try(nodes, now))
@@ -301,6 +299,9 @@ class Announcer:
             )
         self._unnamed = unnamed
 
+    def _is_always_its_turn(self) -> bool:
+        return self._pacer.share(self._nodes()) <= MIN_SPACING
+
     def _can_be_used_otherwise(self) -> bool:
         """Whether more than the load and free memory differs from what was said last."""
         if self._said is None:
@@ -309,8 +310,10 @@ class Announcer:
         return _but_for_load(now) != _but_for_load(self._said)
 
     def _on_link(self, event: LinkEvent) -> None:
-        # Links beyond the first few change nothing about who hears this node.
-        if event.state is LinkState.UP and len(self._mesh.links()) <= _LINKS_TOLD:
+        # The first is this node's way into the mesh. Each further one is worth telling only where
+        # there are few to hear it: of a hundred that join at once, each would hear thousands.
+        is_first = len(self._mesh.links()) <= 1
+        if event.state is LinkState.UP and (is_first or self._is_always_its_turn()):
             self._be_due_at(trio.current_time() + _LINK_SETTLES)
 
     def _be_due_at(self, due: float) -> None:

@@ -23,6 +23,7 @@ from meshnode.core.node_data import MAX_ADDRS, NODE_ONLINE_WINDOW, NodeData, Sta
 from meshnode.core.router import Policy, Router
 from meshnode.metrics import Metrics
 from meshnode.net.affinity import AffinityGossip, affinity_topic
+from meshnode.net.dialler import DialLimits
 from meshnode.net.ejections import tell_ejection
 from meshnode.net.federation_exit import ExitPoint
 from meshnode.net.gossip import ANNOUNCE_INTERVAL, Announcer, Hearer, announce_topic
@@ -69,6 +70,7 @@ class MemberSettings:
     announce_budget: float = budget.ANNOUNCEMENTS_PER_SECOND  # that a node shall hear at most
     queue_length: int = QUEUE_LENGTH  # requests that may wait while every peer is full
     queue_timeout: float = QUEUE_TIMEOUT  # seconds
+    dial_limits: DialLimits | None = None  # shared by the members of one process
 
 
 class Member:
@@ -135,6 +137,7 @@ class Member:
             mesh,
             self.ledger,
             sync,
+            dial_limits=settings.dial_limits,
             bootstraps=settings.bootstraps,
             forget_load=self.router.forget,
             rng=rng,

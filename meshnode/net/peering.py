@@ -18,7 +18,7 @@ from meshnode.core.ledger import Ledger, LedgerEntry
 from meshnode.errors import MeshError, PeerUnreachable, TokenRefused
 from meshnode.metrics import Metrics
 from meshnode.net.anti_entropy import AntiEntropy
-from meshnode.net.dialler import DIAL_TIMEOUT, LAST_RETRY, Backoff, Dialler
+from meshnode.net.dialler import LAST_RETRY, Backoff, Dialler, DialLimits
 from meshnode.net.ledger_sync import LedgerSync
 from meshnode.net.liveness import Liveness
 from meshnode.net.mesh import LinkEvent, LinkState, Mesh
@@ -58,6 +58,7 @@ class Peering:
         forget_load: told the peer ID of who was taken out of the candidates.
         known: peers of earlier lives, dialled while nobody is linked; kept up to date.
         is_in_use: whether requests are open now to a peer or from it.
+        dial_limits: of this node alone, unless members share a process.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Peering:
         known: KnownPeers | None = None,
         is_in_use: Callable[[str], bool] = lambda _: False,
         targets: LinkTargets = DEFAULT_TARGETS,
+        dial_limits: DialLimits | None = None,
     ) -> None:
         self.joined = trio.Event()  # the first link stood, or no bootstrap was named
         self._mesh = mesh
@@ -84,7 +86,7 @@ class Peering:
             addr for addr in dict.fromkeys(bootstraps) if not addr.endswith(f"/p2p/{mesh.peer_id}")
         )
         self._known = known if known is not None else KnownPeers()
-        self._dialler = Dialler(mesh, ledger, self._known, rng)
+        self._dialler = Dialler(mesh, ledger, self._known, rng, dial_limits)
         self.liveness = Liveness(
             mesh, ledger, self._dialler, forget_load=forget_load, metrics=metrics
         )
@@ -263,12 +265,14 @@ class Peering:
     async def _fill_links_forever(self) -> None:
         while True:
             for peer_id in self._whom_to_dial(trio.current_time()):
-                self._nursery.start_soon(self._try_to_connect, peer_id)
+                self._nursery.start_soon(
+                    self._try_to_connect, peer_id, lambda: self._missing_links() > 0
+                )
             await trio.sleep(_FILL_INTERVAL * self._rng.uniform(0.8, 1.2))
 
     def _whom_to_dial(self, now: float) -> list[str]:
         """Return peers to dial now, chosen at random, so that links after them are enough."""
-        missing = self._missing_links()
+        missing = self._missing_links() - self._dialler.waiting
         if missing <= 0:
             return []
         others = [e.peer_id for e in self._ledger.online(now) if e.peer_id != self._mesh.peer_id]
@@ -284,11 +288,13 @@ class Peering:
         online = self._ledger.online(trio.current_time())
         return sum(entry.peer_id != self._mesh.peer_id for entry in online)
 
-    async def _try_to_connect(self, peer_id: str) -> None:
+    async def _try_to_connect(
+        self, peer_id: str, wanted: Callable[[], bool] = lambda: True
+    ) -> None:
         if self._mesh.peer_id > peer_id:
             await trio.sleep(self._rng.uniform(0.5, 1.0) * _YIELD_FIRST)
         try:
-            await self._dialler.connect(peer_id, timeout=DIAL_TIMEOUT)
+            await self._dialler.connect_in_turn(peer_id, wanted=wanted)
         except TokenRefused as exc:
             self._known.forget(peer_id)  # it is of another network now
             log.debug("dial_refused", peer_id=peer_id, error=str(exc))

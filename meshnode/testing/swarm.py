@@ -11,18 +11,16 @@ same game again. On libp2p the same nodes stand on real sockets, and time is rea
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Literal, TypeAlias
 
 import trio
 
 from meshnode.core import budget
-from meshnode.core.belonging import by_keys
 from meshnode.core.node_data import NODE_ONLINE_WINDOW
 from meshnode.errors import ConfigError
 from meshnode.metrics import Metrics
@@ -32,6 +30,7 @@ from meshnode.net.memory_mesh import MemoryMesh, MemoryNetwork
 from meshnode.net.mesh import Mesh
 from meshnode.testing.determinism import repeatable_scheduling
 from meshnode.testing.freezing import FreezeInstrument
+from meshnode.testing.one_process import OneProcess, OpenedEnvelopes, seldom_collecting
 from meshnode.testing.swarm_node import PretendedGpu, SwarmNode
 from meshnode.testing.swarm_watch import LATE_NEWS, Convergence, LossKind, Watch
 from meshnode.testing.swarm_weather import Weather
@@ -48,11 +47,6 @@ _EPOCH = 1_800_000_000.0  # Unix seconds
 _POLL = 0.05  # seconds
 # Closing all of a large mesh at once goes deeper than Python's stack.
 _CLOSE_AT_ONCE = 10
-# All nodes of a process share the one core that Python uses, and hearing one announcement takes
-# most of a millisecond of it: half of the core for this leaves the rest to links and pings.
-_HEARD_BY_PROCESS = 600.0  # announcements per second
-# More handshakes at a time in one process make each other late.
-_DIALS_AT_ONCE = 8
 
 
 @asynccontextmanager
@@ -74,7 +68,8 @@ async def open_swarm(
         seed: of all dice. On the memory mesh under ``trio.testing.MockClock`` everything
             follows from it.
         vram: GPU memory in bytes that the nodes pretend, in turn; half to all of it free.
-        announce_interval, online_window: seconds, as of ``meshnode up``.
+        announce_interval, online_window: seconds, as of ``meshnode up``; on libp2p longer where
+            one process could not hear so many.
         loss: share of announcements lost on each link; memory mesh only.
 
     Raises:
@@ -93,7 +88,7 @@ async def open_swarm(
         online_window=online_window,
         loss=loss,
     )
-    with _on_a_leash(seed) if mesh == "memory" else nullcontext():
+    with _on_a_leash(seed) if mesh == "memory" else seldom_collecting():
         async with trio.open_nursery() as guard:
             await guard.start(swarm.host_forever)
             try:
@@ -142,15 +137,19 @@ class Swarm:
         self.rng = rng  # also for who is chosen by a script
         self._n = n
         self._vram = vram
+        self._process = OneProcess(n) if mesh == "libp2p" else None
         self.announce_budget = budget.ANNOUNCEMENTS_PER_SECOND
-        if mesh == "libp2p":
-            self.announce_budget = min(self.announce_budget, _HEARD_BY_PROCESS / n)
+        stretch = 1.0
+        if self._process is not None:
+            self.announce_budget = self._process.announce_budget
+            stretch = self._process.stretch(announce_interval)
         self._settings = partial(
             MemberSettings,
             network=_NETWORK,
-            announce_interval=announce_interval,
-            online_window=online_window,
+            announce_interval=announce_interval * stretch,
+            online_window=online_window * stretch,
             announce_budget=self.announce_budget,
+            dial_limits=self._process.dial_limits if self._process else None,
         )
         self._network: MemoryNetwork | None = None
         if mesh == "memory":
@@ -158,8 +157,8 @@ class Swarm:
             self._network.loss = loss
         elif loss:
             raise ConfigError("loss needs mesh=memory: sockets of one machine lose nothing")
+        self._opened = OpenedEnvelopes()
         self._weather = Weather(self._network)
-        self._dial_slots = trio.CapacityLimiter(math.inf if mesh == "memory" else _DIALS_AT_ONCE)
         self._numbers: dict[str, int] = {}  # by peer ID
         self._closing = trio.Event()
         self._nursery: trio.Nursery
@@ -205,7 +204,7 @@ class Swarm:
     async def _start(self, node: SwarmNode) -> None:
         mesh = self._make_mesh(node)
         self._numbers[mesh.peer_id] = node.number
-        node.begin_life(mesh, partial(self._make_member, node), self._dial_slots)
+        node.begin_life(mesh, partial(self._make_member, node), self._opened)
         node.ledger.watch(partial(self._on_change, node, node.lives))
         if isinstance(mesh, MemoryMesh):
             self._weather.add(node.number, mesh)
@@ -215,20 +214,12 @@ class Swarm:
     def _make_mesh(self, node: SwarmNode) -> Mesh:
         if self._network is not None:
             return self._network.node(node.name, keys=(_KEY,))
-        # Loading libp2p takes most of a second, which a virtual swarm need not pay.
-        from meshnode.net.libp2p.host import Libp2pMesh
-        from meshnode.net.libp2p.identity import ephemeral_identity
-
-        listen = node.addr.partition("/p2p/")[0] or "/ip4/127.0.0.1/tcp/0"
-        return Libp2pMesh(
-            identity=ephemeral_identity(self._identity_seed(node)),
-            listen=(listen,),
-            membership=by_keys((_KEY,)),
-            metrics=Metrics(),
+        assert self._process is not None
+        return self._process.mesh(
+            identity_seed=random.Random(f"{id(self)} {node.name}").randbytes(32),
+            listen=node.addr.partition("/p2p/")[0] or "/ip4/127.0.0.1/tcp/0",
+            key=_KEY,
         )
-
-    def _identity_seed(self, node: SwarmNode) -> bytes:
-        return random.Random(f"{id(self)} {node.name}").randbytes(32)
 
     def _make_member(self, node: SwarmNode, mesh: Mesh, metrics: Metrics) -> Member:
         bootstraps = (self.nodes[0].addr,) if node.number else ()

@@ -15,6 +15,7 @@ from meshnode.net.member import Member
 from meshnode.net.memory_mesh import MemoryMesh
 from meshnode.net.mesh import Link, LinkWatcher, Mesh, MeshStream, MessageListener, StreamHandler
 from meshnode.testing.freezing import FreezeGate
+from meshnode.testing.one_process import OpenedEnvelopes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +39,11 @@ class Traffic:
 
 
 class CountedMesh:
-    """A mesh whose announcements are counted on the way.
+    """A mesh whose announcements are counted on the way."""
 
-    Args:
-        dial_slots: shared by all nodes of the process, each of whose sockets has the same IP
-            address: a listener bounds the handshakes under way with each.
-    """
-
-    def __init__(self, mesh: Mesh, traffic: Traffic, dial_slots: trio.CapacityLimiter) -> None:
+    def __init__(self, mesh: Mesh, traffic: Traffic, opened: OpenedEnvelopes) -> None:
         self.inner = mesh
-        self._dial_slots = dial_slots
+        self._opened = opened
         self._traffic = traffic
 
     @property
@@ -84,8 +80,7 @@ class CountedMesh:
         self.inner.watch_links(watcher)
 
     async def dial(self, addr: str, *, timeout: float) -> str:
-        async with self._dial_slots:
-            return await self.inner.dial(addr, timeout=timeout)
+        return await self.inner.dial(addr, timeout=timeout)
 
     async def open_stream(self, peer_id: str, protocol_id: str, *, timeout: float) -> MeshStream:
         return await self.inner.open_stream(peer_id, protocol_id, timeout=timeout)
@@ -103,7 +98,7 @@ class CountedMesh:
         return self.inner.seal(payload)
 
     def open_sealed(self, envelope: bytes) -> tuple[str, bytes]:
-        return self.inner.open_sealed(envelope)
+        return self._opened.open(envelope, self.inner)
 
 
 class SwarmNode:
@@ -154,12 +149,12 @@ class SwarmNode:
         self,
         mesh: Mesh,
         make_member: Callable[[Mesh, Metrics], Member],
-        dial_slots: trio.CapacityLimiter,
+        opened: OpenedEnvelopes,
     ) -> None:
         """Put a new member on ``mesh``; nothing runs yet."""
         self.mesh = mesh
         self.metrics = Metrics()
-        self.member = make_member(CountedMesh(mesh, self.traffic, dial_slots), self.metrics)
+        self.member = make_member(CountedMesh(mesh, self.traffic, opened), self.metrics)
         self.gate = FreezeGate()
         self.scope = trio.CancelScope()
         self.ended = trio.Event()

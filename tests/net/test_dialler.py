@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ import trio
 from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
 from meshnode.errors import PeerUnreachable
-from meshnode.net.dialler import FIRST_RETRY, LAST_RETRY, Backoff, Dialler
+from meshnode.net.dialler import FIRST_RETRY, LAST_RETRY, Backoff, Dialler, DialLimits
 from meshnode.net.memory_mesh import MemoryMesh
 
 
@@ -55,7 +56,7 @@ async def test_a_peer_that_fails_is_left_alone_for_longer_and_longer(network, au
     while trio.current_time() < mesh_start(mesh) + 120:
         if dialler.may_try(gone.peer_id, trio.current_time()):
             with pytest.raises(PeerUnreachable):
-                await dialler.connect(gone.peer_id)
+                await dialler.connect(gone.peer_id, timeout=3)
         await trio.sleep(0.05)
     times = [at for at, _ in mesh.dialled]
     gaps = [later - sooner for sooner, later in pairwise(times)]
@@ -77,14 +78,47 @@ async def test_the_address_that_worked_is_dialled_first_the_next_time(
     await nursery.start(peer.run_forever)
     wrong = f"/ip4/10.99.99.99/tcp/1/p2p/{peer.peer_id}"
     known.note(peer.peer_id, (wrong, peer.addrs[0]))
-    await dialler.connect(peer.peer_id)
+    await dialler.connect(peer.peer_id, timeout=3)
     assert [addr for _, addr in mesh.dialled] == [wrong, peer.addrs[0]]
     # In the next life too: what did not work stands no longer.
     assert known.addrs_of(peer.peer_id) == (peer.addrs[0],)
 
     mesh.dialled.clear()
     await mesh.disconnect(peer.peer_id, "a test")
-    await dialler.connect(peer.peer_id)
+    await dialler.connect(peer.peer_id, timeout=3)
 
     assert [addr for _, addr in mesh.dialled] == [peer.addrs[0]]
     nursery.cancel_scope.cancel()
+
+
+async def test_the_wait_for_a_turn_is_not_the_peers_fault(network, nursery, autojump_clock):
+    mesh, peer = network.node("me"), network.node("peer")
+    for node in (mesh, peer):
+        await nursery.start(node.run_forever)
+    known = KnownPeers()
+    known.note(peer.peer_id, (f"{peer.transport_addr}/p2p/{peer.peer_id}",))
+    slots = trio.CapacityLimiter(1)
+    limits = DialLimits(slots, timeout=3.0)
+    dialler = Dialler(mesh, Ledger(mesh.peer_id), known, random.Random(1), limits)
+    holder = object()
+    await slots.acquire_on_behalf_of(holder)
+    nursery.start_soon(partial(dialler.connect_in_turn, peer.peer_id, wanted=lambda: True))
+    await trio.sleep(10)
+    # Three times its time has passed in the queue; it is still in it, and nobody queues it twice.
+    assert dialler.waiting == 1
+    assert not dialler.may_try(peer.peer_id, trio.current_time())
+    slots.release_on_behalf_of(holder)
+    await trio.sleep(1)
+    assert dialler.is_linked(peer.peer_id)
+    assert dialler.waiting == 0
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_dial_that_nobody_wants_any_more_is_not_made_when_its_turn_comes(
+    network, autojump_clock
+):
+    dialler, mesh, known = dialler_of(network)
+    gone = network.node("gone")
+    known.note(gone.peer_id, (f"{gone.transport_addr}/p2p/{gone.peer_id}",))
+    await dialler.connect_in_turn(gone.peer_id, wanted=lambda: False)
+    assert mesh.dialled == []

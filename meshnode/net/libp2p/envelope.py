@@ -5,6 +5,8 @@ The domain keeps a signature made here from being read as one made for another p
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from google.protobuf.message import DecodeError
 from libp2p.crypto.ed25519 import Ed25519PublicKey
 from libp2p.peer.envelope import Envelope, make_unsigned
@@ -50,7 +52,7 @@ def open_sealed(envelope: bytes) -> tuple[str, bytes]:
     if len(message.signature) != _SIGNATURE_BYTES:
         raise _bad("the signature has the wrong length")
     try:
-        key = Ed25519PublicKey.from_bytes(message.public_key.Data)
+        signer, key = _signer(message.public_key.Data)
         genuine = key.verify(
             make_unsigned(DOMAIN, PAYLOAD_TYPE, message.payload), message.signature
         )
@@ -58,7 +60,16 @@ def open_sealed(envelope: bytes) -> tuple[str, bytes]:
         raise _bad("the key is not a valid one") from exc
     if not genuine:
         raise _bad("the signature does not match")
-    return str(ID.from_pubkey(key)), message.payload
+    return signer, message.payload
+
+
+# To write a key as a peer ID costs half as much as to verify a signature, and the same nodes sign
+# again and again; as many are remembered as a large mesh has.
+@lru_cache(maxsize=4096)
+def _signer(public_key: bytes) -> tuple[str, Ed25519PublicKey]:
+    """Return (peer ID, key). Raises: ValueError for bytes that are no key."""
+    key = Ed25519PublicKey.from_bytes(public_key)
+    return str(ID.from_pubkey(key)), key
 
 
 def _bad(why: str) -> WireError:

@@ -25,6 +25,7 @@ from meshnode.net.libp2p.identity import Identity
 from meshnode.net.libp2p.limits import DEFAULT_LIMITS, Limits
 from meshnode.net.libp2p.links import Links
 from meshnode.net.libp2p.pubsub import MeshPubsub
+from meshnode.net.libp2p.pubsub_wire import OriginOf, verify_origin
 from meshnode.net.libp2p.relay.addrs import CircuitAddr, parse_addr
 from meshnode.net.libp2p.relay.client import Circuits
 from meshnode.net.libp2p.relay.hop import Hop
@@ -54,6 +55,7 @@ class Libp2pMesh:
         limits: Limits = DEFAULT_LIMITS,
         is_relay: bool = False,
         relay_limits: RelayLimits = DEFAULT_RELAY_LIMITS,
+        origin_of: OriginOf = verify_origin,
     ) -> None:
         """Build a node that ``run_forever`` starts.
 
@@ -66,6 +68,7 @@ class Libp2pMesh:
             limits: every bound and wait.
             is_relay: whether to carry connections for members that can only dial out.
             relay_limits: what that may cost, and the waits of both sides.
+            origin_of: verifies who signed a gossiped message; hosts of one process may share it.
 
         Raises:
             ConfigError: an address to announce is no TCP multiaddr.
@@ -86,7 +89,7 @@ class Libp2pMesh:
             identity, metrics=metrics, serve=self._serving.serve, on_gone=self._forget
         )
         self._host = MeshHost(self._swarm, lambda: self.addrs)
-        self._pubsub = MeshPubsub(self._host, metrics=metrics)
+        self._pubsub = MeshPubsub(self._host, metrics=metrics, origin_of=origin_of)
         self._gate = Gate(
             self._swarm,
             self._links,

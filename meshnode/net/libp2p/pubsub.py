@@ -11,7 +11,7 @@ from libp2p.peer.id import ID
 
 from meshnode.metrics import Metrics
 from meshnode.net.libp2p.gossipsub import MeshGossipSub
-from meshnode.net.libp2p.pubsub_wire import MAX_MESSAGE_BYTES
+from meshnode.net.libp2p.pubsub_wire import MAX_MESSAGE_BYTES, OriginOf, verify_origin
 from meshnode.net.libp2p.tolerant_pubsub import TolerantPubsub
 from meshnode.net.mesh import MessageListener
 
@@ -22,9 +22,11 @@ class MeshPubsub:
     Build it before ``host.run``; start ``run_forever`` inside, and dial only once it has started.
     """
 
-    def __init__(self, host: IHost, *, metrics: Metrics) -> None:
+    def __init__(
+        self, host: IHost, *, metrics: Metrics, origin_of: OriginOf = verify_origin
+    ) -> None:
         self._router = MeshGossipSub(metrics)
-        self._pubsub = TolerantPubsub(host, self._router, metrics)
+        self._pubsub = TolerantPubsub(host, self._router, metrics, origin_of)
 
     def admit(self, peer_id: str) -> None:
         """Let a proven member open pubsub streams, and open one to it while it is connected."""

@@ -6,7 +6,9 @@ Nothing here reads a socket. Every number that a peer can drive up has its limit
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import TypeAlias
 
 import trio
 from google.protobuf.message import Message as ProtobufMessage
@@ -39,8 +41,10 @@ WRITE_BYTES = 60 * 1024
 # Ten thousand nodes that announce every ten seconds, remembered for a minute.
 MAX_SEEN = 60_000
 SEEN_SECONDS = 120.0
-MAX_VERIFIED_ORIGINS = 10_000  # as many as the ledger holds
+_MAX_ORIGINS = 10_000  # as many as the ledger holds
 
+# The multihash "identity" of an Ed25519 key: the peer ID is the key.
+_KEY_INSIDE = b"\x00"
 _SIGNING_PREFIX = PUBSUB_SIGNING_PREFIX.encode()
 
 
@@ -191,53 +195,72 @@ class SeenMessages:
             self._added.popitem(last=False)
 
 
-class Origins:
-    """Verifies who a message comes from; remembers the keys of the latest origins."""
-
-    def __init__(self, *, max_entries: int = MAX_VERIFIED_ORIGINS) -> None:
-        self._max = max_entries
-        self._known: OrderedDict[bytes, tuple[str, PublicKey]] = OrderedDict()
-
-    def verify(self, message: rpc_pb2.Message) -> str:
-        """Return the peer ID that signed ``message``.
-
-        Raises:
-            WireError: ``bad_signature``: no key, a key that isn't the peer ID's, or ill signed.
-        """
-        from_id = message.from_id
-        known = self._known.get(from_id)
-        peer_id, key = known if known is not None else _read_origin(message)
-        unsigned = rpc_pb2.Message(
-            data=message.data, topicIDs=message.topicIDs, from_id=from_id, seqno=message.seqno
-        )
-        try:
-            genuine = key.verify(_SIGNING_PREFIX + unsigned.SerializeToString(), message.signature)
-        # Ed25519 raises ValueError on odd lengths, other kinds raise what their library raises.
-        except Exception as exc:
-            raise WireError("bad_signature", f"signature of {peer_id} can't be read") from exc
-        if not genuine:
-            raise WireError("bad_signature", f"not signed by {peer_id}")
-        self._known[from_id] = (peer_id, key)
-        self._known.move_to_end(from_id)
-        if len(self._known) > self._max:
-            self._known.popitem(last=False)
-        return peer_id
+OriginOf: TypeAlias = Callable[[rpc_pb2.Message], str]
 
 
-def _read_origin(message: rpc_pb2.Message) -> tuple[str, PublicKey]:
-    """Return the peer ID and key that ``message`` claims, known to belong together.
+def verify_origin(message: rpc_pb2.Message) -> str:
+    """Return the peer ID that signed ``message``.
+
+    Raises:
+        WireError: ``bad_signature``: no key, a key that isn't the peer ID's, or ill signed.
+    """
+    is_inside = message.from_id.startswith(_KEY_INSIDE)
+    peer_id, key = _read_inside(message.from_id) if is_inside else _read_beside(message)
+    unsigned = rpc_pb2.Message(
+        data=message.data,
+        topicIDs=message.topicIDs,
+        from_id=message.from_id,
+        seqno=message.seqno,
+    )
+    try:
+        genuine = key.verify(_SIGNING_PREFIX + unsigned.SerializeToString(), message.signature)
+    # Ed25519 raises ValueError on odd lengths, other kinds raise what their library raises.
+    except Exception as exc:
+        raise WireError("bad_signature", f"signature of {peer_id} can't be read") from exc
+    if not genuine:
+        raise WireError("bad_signature", f"not signed by {peer_id}")
+    return peer_id
+
+
+def shared_verification(at_most: int) -> OriginOf:
+    """Return a ``verify_origin`` for the hosts of one process, of which the first asked verifies.
+
+    Args:
+        at_most: messages whose origin is remembered.
+    """
+
+    @lru_cache(maxsize=at_most)
+    def verify_once(message: bytes) -> str:
+        return verify_origin(rpc_pb2.Message.FromString(message))
+
+    return lambda message: verify_once(message.SerializeToString())
+
+
+# To read a key and write it as a peer ID costs more than to verify a signature.
+@lru_cache(maxsize=_MAX_ORIGINS)
+def _read_inside(from_id: bytes) -> tuple[str, PublicKey]:
+    """Return the peer ID of a short key, and that key, which it has inside."""
+    return _read_origin(from_id, lambda origin: origin.extract_public_key())
+
+
+def _read_beside(message: rpc_pb2.Message) -> tuple[str, PublicKey]:
+    """Return the peer ID of a long key, and that key, which is beside the signature."""
+    return _read_origin(message.from_id, lambda _: deserialize_public_key(message.key))
+
+
+def _read_origin(from_id: bytes, key_of: Callable[[ID], PublicKey | None]) -> tuple[str, PublicKey]:
+    """Return the peer ID and key that a message claims, known to belong together.
 
     Raises:
         WireError: ``bad_signature``.
     """
     try:
-        origin = ID(message.from_id)
-        # The keys of Ed25519 peers are inside their peer IDs; of others, beside the signature.
-        key = origin.extract_public_key() or deserialize_public_key(message.key)
-        belongs = ID.from_pubkey(key) == origin
+        origin = ID(from_id)
+        key = key_of(origin)
+        belongs = key is not None and ID.from_pubkey(key) == origin
     # Junk keys make the crypto libraries raise what they like.
     except Exception as exc:
         raise WireError("bad_signature", "an origin's key can't be read") from exc
-    if not belongs:
+    if key is None or not belongs:
         raise WireError("bad_signature", "an origin's key is not its peer ID's")
     return origin.to_base58(), key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from libp2p.network.connection import swarm_connection
 
@@ -13,6 +14,7 @@ from meshnode.metrics import Metrics
 _SILENT = logging.CRITICAL + 1
 
 
+@cache  # of one process; with a hundred nodes in it, each going over the loggers takes seconds
 def quiet_libp2p_loggers() -> None:
     """Keep the library's loggers to themselves.
 

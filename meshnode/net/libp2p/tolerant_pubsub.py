@@ -30,7 +30,7 @@ from meshnode.net.libp2p.pubsub_wire import (
     MAX_TOPIC_BYTES,
     MAX_TOPICS_PER_PEER,
     FrameBuffer,
-    Origins,
+    OriginOf,
     OutboundQueue,
     SeenMessages,
     encode_frame,
@@ -83,7 +83,9 @@ class TolerantPubsub(Pubsub):
 
     listeners: dict[str, MessageListener]
 
-    def __init__(self, host: IHost, router: MeshGossipSub, metrics: Metrics) -> None:
+    def __init__(
+        self, host: IHost, router: MeshGossipSub, metrics: Metrics, origin_of: OriginOf
+    ) -> None:
         super().__init__(host, router, max_subscriptions_per_peer=MAX_TOPICS_PER_PEER)
         self.seen_messages.stop()  # ends its thread
         self.seen_messages = SeenMessages()  # type: ignore[assignment]
@@ -92,7 +94,7 @@ class TolerantPubsub(Pubsub):
         self.listeners = {}
         self._mesh_router = router
         self._metrics = metrics
-        self._origins = Origins()
+        self._origin_of = origin_of
         self._admitted: set[ID] = set()
         self._links: dict[ID, _Link] = {}
         self._inbound: dict[ID, INetStream] = {}
@@ -380,7 +382,7 @@ class TolerantPubsub(Pubsub):
             return
         if message.from_id == self.my_id.to_bytes():
             return  # an echo; own messages are known as seen, but not for ever
-        origin = self._origins.verify(message)
+        origin = self._origin_of(message)
         # Marked before it is judged, and whatever the verdict: nobody is asked twice. Only the
         # origin itself can have signed this ID, so it mutes nobody else.
         self.seen_messages.add(message_id)

@@ -12,11 +12,11 @@ from meshnode.errors import WireError
 from meshnode.net.libp2p import pubsub_wire
 from meshnode.net.libp2p.pubsub_wire import (
     FrameBuffer,
-    Origins,
     OutboundQueue,
     SeenMessages,
     encode_frame,
     encode_frames,
+    verify_origin,
 )
 from support.pubsub_nodes import signed_message
 
@@ -145,9 +145,8 @@ async def test_only_so_many_messages_are_remembered() -> None:
 
 def test_an_origin_is_named_by_its_peer_id() -> None:
     key_pair = create_new_key_pair()
-    origins = Origins()
     for data in (b"first", b"from the table of known keys"):
-        named = origins.verify(signed_message(key_pair, data))
+        named = verify_origin(signed_message(key_pair, data))
         assert named == ID.from_pubkey(key_pair.public_key).to_base58()
 
 
@@ -155,9 +154,9 @@ def test_an_origin_whose_key_is_not_inside_its_peer_id_sends_the_key_along() -> 
     key_pair = create_new_rsa_key_pair(2048)
     message = signed_message(key_pair, b"data")
     with pytest.raises(WireError):
-        Origins().verify(message)
+        verify_origin(message)
     message.key = key_pair.public_key.serialize()
-    assert Origins().verify(message) == ID.from_pubkey(key_pair.public_key).to_base58()
+    assert verify_origin(message) == ID.from_pubkey(key_pair.public_key).to_base58()
 
 
 def test_a_key_that_is_not_the_origins_own_is_refused() -> None:
@@ -166,24 +165,28 @@ def test_a_key_that_is_not_the_origins_own_is_refused() -> None:
     message.from_id = ID.from_pubkey(victim.public_key).to_bytes()
     message.key = mallory.public_key.serialize()
     with pytest.raises(WireError, match="not its peer ID's"):
-        Origins().verify(message)
+        verify_origin(message)
 
 
 def test_a_known_origin_must_still_sign_each_message() -> None:
     key_pair = create_new_key_pair()
-    origins = Origins()
-    origins.verify(signed_message(key_pair, b"genuine"))
+    verify_origin(signed_message(key_pair, b"genuine"))
     forged = signed_message(key_pair, b"genuine")
     forged.data = b"forged"
     with pytest.raises(WireError, match="not signed by"):
-        origins.verify(forged)
+        verify_origin(forged)
 
 
-def test_only_so_many_origins_are_remembered() -> None:
-    origins = Origins(max_entries=2)
-    for _ in range(4):
-        origins.verify(signed_message(create_new_key_pair(), b"data"))
-    assert len(origins._known) == 2
+def test_only_so_many_origins_are_remembered_and_each_with_few_bytes() -> None:
+    remembered = pubsub_wire._read_inside.cache_info
+    assert remembered().maxsize == 10_000
+    before = remembered().currsize
+    message = signed_message(create_new_key_pair(), b"data")
+    # What a stranger put beside its signature is not kept, nor does it make a new entry.
+    for key_beside in (b"", b"k" * 50_000):
+        message.key = key_beside
+        verify_origin(message)
+    assert remembered().currsize == before + 1
 
 
 def test_one_ihave_of_go_libp2p_fits_into_an_rpc() -> None:
