@@ -14,7 +14,9 @@ from prometheus_client import CollectorRegistry
 
 from meshnode import __version__
 from meshnode.config import Config
+from meshnode.core.explain_request import ExplainRequest
 from meshnode.core.ledger import EntryState, LedgerEntry
+from meshnode.core.model_index import model_key
 from meshnode.core.model_router import ModelRequest
 from meshnode.errors import PeerUnreachable
 from meshnode.gpu.monitor import GpuMonitor
@@ -187,18 +189,19 @@ class LiveView:
         )
         return views.decision_view(decision, now=now)
 
-    def explain_model(
-        self, model: str, service: str | None, target: str | None
-    ) -> dict[str, object]:
+    def explain_model(self, asked: ExplainRequest) -> dict[str, object]:
         now = trio.current_time()
+        models = self._member.models
         request = ModelRequest(
             now=now,
-            model=model,
-            service_id=service or self._config.service,
-            target=target or self._config.target,
+            model=asked.model,
+            prompt=asked.prompt,
+            service_id=asked.service_id or self._config.service,
+            target=asked.target or self._config.target,
             wall_time=time.time(),
         )
-        return views.decision_view(self._member.models.explain(request), now=now)
+        pressure = models.pressure.of(model_key(asked.model), now)
+        return {**views.decision_view(models.explain(request), now=now), "pressure": pressure}
 
     async def ping(self, peer: str) -> dict[str, object]:
         entry = self._find(peer)

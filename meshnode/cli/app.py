@@ -38,7 +38,7 @@ _VERBS = (
     _Verb("up", "up.up", "Run a node until it is told to stop."),
     _Verb("status", "queries.status", "Show what this node is and does."),
     _Verb("peers", "queries.peers", "Show every node of the mesh."),
-    _Verb("explain", "queries.explain", "Show who would serve a request, and why."),
+    _Verb("explain", "explain.explain", "Show who would serve a request, and why."),
     _Verb("top", "top.top", "Watch the mesh and its decisions live."),
     _Verb("ping", "ping.ping", "Measure round trips to a peer."),
     _Verb("forward", "forward.forward", "Open a local port for each peer."),

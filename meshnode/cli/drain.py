@@ -10,7 +10,7 @@ import typer
 
 from meshnode.cli.api_client import Api, ask, find_api, with_local_key
 from meshnode.cli.output import print_json, say
-from meshnode.cli.queries import ApiOption, JsonOption, KeyOption
+from meshnode.cli.queries import ApiOption, JsonOption, KeyOption, StateDirOption
 from meshnode.errors import MeshnodeError, NodeNotRunning
 
 # Between two looks at what still runs.
@@ -25,10 +25,7 @@ def drain(
     ] = True,
     api: ApiOption = None,
     api_key_file: KeyOption = None,
-    state_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Its state folder, which holds a key for this host."),
-    ] = None,
+    state_dir: StateDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let the node take nothing new, finish what runs, and leave.

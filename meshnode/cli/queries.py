@@ -1,4 +1,4 @@
-"""The verbs that ask a running node: status, peers, explain. They change nothing."""
+"""The verbs that ask a running node, status and peers, and how its answers read to people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 
 from meshnode.cli.api_client import Api, ask, find_api
 from meshnode.cli.output import console, plain, print_json, print_table, table
-from meshnode.errors import NoCandidate
 from meshnode.values import format_size
 
 ApiOption = Annotated[
@@ -24,6 +23,10 @@ ApiOption = Annotated[
 KeyOption = Annotated[
     str | None,
     typer.Option("--api-key-file", metavar="FILE", help="Its API key, if it wants one."),
+]
+StateDirOption = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Its state folder, which holds a key for this host."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -78,36 +81,6 @@ def peers(
         print_json(body)
     else:
         print_table(PEER_COLUMNS, peer_rows(body))
-
-
-def explain(
-    service: Annotated[
-        str | None,
-        typer.Option(help="The service to ask for; default the proxy's, or the only one."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The model to ask for, in whichever service has it.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Ask for one peer, by peer ID or name.")
-    ] = None,
-    api: ApiOption = None,
-    api_key_file: KeyOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show who would serve a request now, and why; changes nothing."""
-    asked = {"service": service, "model": model, "target": target}
-    body = ask(find_api(api, api_key_file), "/api/explain", asked)
-    if as_json:
-        print_json(body)
-    else:
-        by_model = body.get("model") is not None
-        columns = MODEL_COLUMNS if by_model else CANDIDATE_COLUMNS
-        rows = model_rows(body) if by_model else candidate_rows(body)
-        print_table(columns, rows)
-        print(why(body))
-    if body.get("picked") is None and body.get("tier") != "random":
-        raise NoCandidate(f"nobody can serve {plain(body.get('service_id'))} now")
 
 
 def candidate_rows(decision: Mapping[str, object]) -> list[tuple[object, ...]]:

@@ -124,6 +124,15 @@ def anthropic(body: Body) -> str:
     return prompt.text()
 
 
+def conversation(body: Body) -> str:
+    """Return the prompt of a chat, whether OpenAI's, Ollama's or Anthropic's."""
+    prompt = _Prompt()
+    _tools(prompt, body, "tools", "functions")
+    prompt.section("system", body.get("system"))
+    _messages(prompt, body.get("messages"))
+    return prompt.text()
+
+
 def ollama_generate(body: Body) -> str:
     """Return the prompt of Ollama's generate."""
     prompt = _Prompt()

@@ -19,14 +19,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from meshnode.errors import MeshnodeError, NoCandidate, PeerUnreachable
+from meshnode.core.explain_request import ExplainRequest, parse_explain
+from meshnode.errors import MeshnodeError, NoCandidate, ParseError, PeerUnreachable
 from meshnode.http import openapi, page
 from meshnode.http.answers import HEADERS, error_response
+from meshnode.http.body import BodyRefused, read_body
 from meshnode.http.guard import Access, Guard
 
 SCHEMA_VERSION = 1
 
 _log = structlog.get_logger(__name__)
+# Of a prompt the first 16 KiB decide where it goes; as JSON, with its tools, it may be longer.
+MAX_EXPLAIN_BYTES = 1024 * 1024
 # A name longer than this is no peer's and no service's.
 _MAX_PARAMETER = 256
 
@@ -50,8 +54,8 @@ class NodeView(Protocol):
         """
         ...
 
-    def explain_model(self, model: str, service: str | None, target: str | None) -> Json:
-        """Say who would serve a request for a model now; changes nothing.
+    def explain_model(self, asked: ExplainRequest) -> Json:
+        """Say who would serve a request for a model, and its prompt, now; changes nothing.
 
         Raises:
             NoCandidate: nobody would.
@@ -101,10 +105,11 @@ def build_app(
         "/api/status": _page(lambda request: _json(view.status())),
         "/api/peers": _page(lambda request: _json(view.peers())),
         "/api/decisions": _page(lambda request: _json(view.decisions())),
-        "/api/explain": _page(lambda request: _explain(view, request)),
         "/api/ping": partial(_ping, view),
     }
     routes = [Route(path, build, methods=["GET"]) for path, build in pages.items()]
+    # One route for both, so that whoever tries another method is told of both.
+    routes.append(Route("/api/explain", partial(_explain, view), methods=["GET", "POST"]))
     routes += more
     drain = _page(lambda request: _json(view.drain(), 202))
     routes.append(Route("/api/drain", drain, methods=["POST"]))
@@ -117,6 +122,7 @@ def build_app(
             HTTPException: _on_http_error,
             MeshnodeError: _on_mesh_error,
             _BadParameter: _on_bad_parameter,
+            BodyRefused: _on_body_refused,
             Exception: _on_bug,
         },
     )
@@ -147,12 +153,17 @@ def _metrics(view: NodeView, request: Request) -> Response:
     return Response(encode(view.metrics()), media_type=content_type, headers=HEADERS)
 
 
-def _explain(view: NodeView, request: Request) -> Response:
+async def _explain(view: NodeView, request: Request) -> Response:
+    """Answer; a prompt comes by POST, as it has no room in a URL, and URLs end up in logs."""
+    if request.method == "POST":
+        _parameters(request)
+        body = await read_body(request, MAX_EXPLAIN_BYTES)
+        return _json(view.explain_model(parse_explain(body)))
     chosen = _parameters(request, "service", "target", "model")
     service, target, model = (chosen.get(name) for name in ("service", "target", "model"))
     if model is None:
         return _json(view.explain(service, target))
-    return _json(view.explain_model(model, service, target))
+    return _json(view.explain_model(ExplainRequest(model, service_id=service, target=target)))
 
 
 async def _ping(view: NodeView, request: Request) -> Response:
@@ -180,7 +191,7 @@ def _parameters(request: Request, *known: str) -> dict[str, str]:
     chosen: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name not in known:
-            message = f"no such parameter; these are: {', '.join(known)}"
+            message = f"no such parameter; these are: {', '.join(known) or 'none'}"
             raise _BadParameter(name, "unknown_parameter", message)
         if len(value) > _MAX_PARAMETER:
             raise _BadParameter(name, "too_long", "the value is too long")
@@ -192,6 +203,12 @@ def _parameters(request: Request, *known: str) -> dict[str, str]:
 async def _on_bad_parameter(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, _BadParameter)
     return error_response(400, exc.code, str(exc), param=exc.name)
+
+
+async def _on_body_refused(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, BodyRefused)
+    # What is left of the body must not be taken for the next request.
+    return error_response(exc.status, exc.code, str(exc), headers={"Connection": "close"})
 
 
 async def _on_http_error(request: Request, exc: Exception) -> Response:
@@ -207,6 +224,8 @@ async def _on_http_error(request: Request, exc: Exception) -> Response:
 async def _on_mesh_error(request: Request, exc: Exception) -> Response:
     if isinstance(exc, NoCandidate):
         return error_response(503, "no_candidate", str(exc))
+    if isinstance(exc, ParseError):
+        return error_response(400, "invalid_request", str(exc), param=exc.param)
     if isinstance(exc, PeerUnreachable):
         return error_response(504, "peer_unreachable", str(exc))
     return error_response(500, "node_error", str(exc))

@@ -53,7 +53,7 @@ def document(served: Iterable[str] | None = None) -> dict[str, object]:
 # Building blocks
 
 
-def _object(properties: Mapping[str, _Schema], *optional: str) -> _Schema:
+def _object(properties: Mapping[str, _Schema], *optional: str) -> dict[str, object]:
     required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": dict(properties), "required": required}
 
@@ -104,6 +104,14 @@ def _get(
     return {"post" if is_post else "get": operation}
 
 
+def _post_json(operation: dict[str, object], schema: _Schema) -> dict[str, object]:
+    """Return a POST that takes a JSON body."""
+    post = operation["post"]
+    assert isinstance(post, dict)
+    post["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation
+
+
 def _query(name: str, text: str, *, required: bool = False, longest: int = 256) -> _Schema:
     return {
         "name": name,
@@ -114,8 +122,8 @@ def _query(name: str, text: str, *, required: bool = False, longest: int = 256) 
     }
 
 
-def _body(properties: Mapping[str, _Schema]) -> _Schema:
-    return _object({"schema_version": {"type": "integer"}, **properties})
+def _body(properties: Mapping[str, _Schema], *optional: str) -> _Schema:
+    return _object({"schema_version": {"type": "integer"}, **properties}, *optional)
 
 
 _TEXT: _Schema = {"type": "string"}
@@ -222,7 +230,33 @@ _SCHEMAS: dict[str, _Schema] = {
     "Decision": _object(_DECISION),
 }
 
-_EXPLAINED = _body(_DECISION)
+_EXPLAINED = _body(
+    # How many requests of the model the load drove off their warm cache within the last minute.
+    {**_DECISION, "pressure": _COUNT},
+    "pressure",
+)
+_NAME: _Schema = {"type": "string", "minLength": 1, "maxLength": 256}
+_OBJECTS = _list({"type": "object"})
+_TEXT_OR_OBJECTS: _Schema = {"anyOf": [_TEXT, _OBJECTS]}
+
+
+def _prompt(where: str, schema: _Schema, beside: Mapping[str, _Schema]) -> _Schema:
+    names = dict.fromkeys(("model", "service", "target"), _NAME)
+    optional = ("service", "target", *beside)
+    return _object({**names, where: schema, **beside}, *optional) | {"additionalProperties": False}
+
+
+_ASKED: _Schema = {
+    "oneOf": [
+        _prompt("prompt", _TEXT, {}),
+        _prompt(
+            "messages",
+            _OBJECTS,
+            {"system": _TEXT_OR_OBJECTS, "tools": _OBJECTS, "functions": _OBJECTS},
+        ),
+        _prompt("input", _TEXT_OR_OBJECTS, {"instructions": _TEXT, "tools": _OBJECTS}),
+    ]
+}
 _READY = _body({"status": _TEXT, "missing": _list(_TEXT)})
 _STATUS = _body(
     {
@@ -278,6 +312,20 @@ def _paths() -> dict[str, object]:
                 _query("model", "The model asked for, in whichever service has it"),
             ),
             others={"503": "Nobody can serve"},
+        )
+        | _post_json(
+            _get(
+                "Who would serve this prompt now; changes nothing",
+                _EXPLAINED,
+                others={
+                    "408": "The body did not come in time",
+                    "413": "The body is too long",
+                    "503": "Nobody can serve",
+                },
+                needs_key=True,
+                is_post=True,
+            ),
+            _ASKED,
         ),
         "/api/ping": _get(
             "One round trip to a peer",

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
+import sys
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -58,7 +61,7 @@ class SomeNode:
         tier = "random" if service == "random" else "in_flight"
         return {"service_id": service, "picked": picked, "tier": tier, "candidates": rows}
 
-    def explain_model(self, model, service, target):
+    def explain_model(self, asked):
         rows = [
             {
                 "peer_id": OTHER,
@@ -69,7 +72,11 @@ class SomeNode:
             },
             {"peer_id": ME, "name": "gpu1", "service_id": "ollama", "loaded": False},
         ]
-        return {"model": model, "picked": OTHER, "tier": "loaded", "candidates": rows}
+        told = {"model": asked.model, "picked": OTHER, "tier": "loaded", "candidates": rows}
+        if asked.prompt:
+            rows[1]["match_ratio"] = 0.9
+            told |= {"prompt": asked.prompt, "forced_off": ME, "pressure": 3}
+        return told
 
     async def ping(self, peer):
         if peer == "nobody":
@@ -93,8 +100,28 @@ def _no_settings(monkeypatch):
 @pytest.fixture
 async def api(nursery):
     sock = bind("127.0.0.1", 0, setting="api")
-    await nursery.start(serve_forever, build_app(SomeNode()), sock)
+    app = build_app(SomeNode(), access=Access(local_key="key-of-this-run"))
+    await nursery.start(serve_forever, app, sock)
     return f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+@pytest.fixture
+def file(tmp_path) -> Callable[[str | bytes], str]:
+    """Write a prompt; the node's key stands in a state folder beside it."""
+
+    def write(text: str | bytes) -> str:
+        path = tmp_path / "prompt"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def state_dir(tmp_path_factory, monkeypatch) -> None:
+    folder = tmp_path_factory.mktemp("state")
+    (folder / "api.key").write_text("key-of-this-run\n")
+    monkeypatch.setenv("MESHNODE_STATE_DIR", str(folder))
 
 
 async def meshnode(*argv: str) -> int:
@@ -140,6 +167,74 @@ async def test_explain_by_model_shows_where_it_is_loaded_and_what_is_cached(api,
     assert "gpu2; decided by: the model is loaded there" in out
     for word in ("SERVICE", "LOADED", "CACHED", "vllm", "yes", "75%", "ollama", "no"):
         assert word in out
+
+
+CHAT = [{"role": "user", "content": "hi"}]
+READ = "\x1euser\x1fhi"
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("Once upon", "Once upon"),
+        ('{"a recipe": 1}', '{"a recipe": 1}'),
+        ("{", "{"),
+        ("[1]", "[1]"),
+        (json.dumps({"messages": CHAT}), READ),
+        (json.dumps({"messages": CHAT, "model": "theirs", "stream": True, "tools": None}), READ),
+        (json.dumps({"input": "hi", "max_output_tokens": 9}), READ),
+    ],
+)
+async def test_a_prompt_file_is_a_request_or_plain_text(api, file, text, read, capsys):
+    args = ("--model", "m", "--api", api, "--json")
+    assert await meshnode("explain", "--prompt-file", file(text), *args) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["model"], told["prompt"]) == ("m", read)
+
+
+async def test_a_prompt_file_may_name_the_model_itself(api, file, capsys):
+    path = file(json.dumps({"messages": CHAT, "model": "theirs"}))
+    assert await meshnode("explain", "--prompt-file", path, "--api", api, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "theirs"
+
+
+async def test_a_prompt_is_read_from_standard_input(api, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Grüße".encode())))
+    args = ("--model", "m", "--api", api, "--json")
+    assert await meshnode("explain", "--prompt-file", "-", *args) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "Grüße"
+
+
+async def test_explain_says_whose_warm_cache_is_passed_over_for_load(api, file, capsys):
+    args = ("--model", "m", "--api", api)
+    assert await meshnode("explain", "--prompt-file", file("Once"), *args) == 0
+    assert capsys.readouterr().out.endswith(
+        "gpu1 is warm for 90% of it, but too busy; within the last minute load drove 3 requests "
+        "off their warm caches\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Once", "names no model; say which: --model NAME"),
+        (b"\xff", "is not UTF-8 (byte 0)"),
+        (b"x" * (2**20 + 1), "has more than 1,048,576 bytes"),
+        (None, "can't be read: No such file"),
+        (json.dumps({"model": "m", "prompt": ["x"]}), "refuses: prompt is text"),
+    ],
+)
+async def test_a_prompt_file_that_can_not_be_asked_with_says_why(api, file, text, words, capsys):
+    path = "/nowhere/file" if text is None else file(text)
+    assert await meshnode("explain", "--prompt-file", path, "--api", api) in (1, 2)
+    out, err = capsys.readouterr()
+    assert out == "" and words in err
+
+
+async def test_a_prompt_without_a_key_says_where_one_is(api, file, tmp_path, capsys):
+    args = ("--model", "m", "--api", api, "--state-dir", str(tmp_path))
+    assert await meshnode("explain", "--prompt-file", file("x"), *args) == 2
+    assert "--api-key-file" in capsys.readouterr().err
 
 
 async def test_explain_under_the_random_policy_picks_nobody_beforehand(api, capsys):

@@ -94,6 +94,14 @@ def test_completion_is_offered(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == "show"
 
 
+def test_completion_knows_the_options_of_a_verb(monkeypatch, capsys):
+    monkeypatch.setenv("_MESHNODE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "meshnode explain --prompt")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert run([]) == 0
+    assert capsys.readouterr().out.strip() == "--prompt-file"
+
+
 @pytest.mark.parametrize("argv", [["nonsense"], ["up", "--nonsense"], [], ["token"]])
 def test_wrong_usage_ends_with_2_and_says_so_on_stderr(argv, capsys):
     assert run(argv) == 2

@@ -13,6 +13,7 @@ from meshnode.http import openapi
 from support.cluster import Cluster, Node
 
 schemathesis = pytest.importorskip("schemathesis")
+requests = pytest.importorskip("requests")  # what schemathesis asks with
 
 # Streams have no end that could be checked, and a drained node answers no more.
 STREAMS = ["/api/events", "/api/forward"]
@@ -28,6 +29,13 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     cluster = Cluster(folder)
     yield cluster.node("host", "--expose", "llm=127.0.0.1:9", "--vram", "8GiB")
     cluster.close()
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Any]:
+    """One connection for all: those that are left open count against the API's limit."""
+    with requests.Session() as session:
+        yield session
 
 
 def test_every_answer_of_the_api_is_described(node: Node) -> None:
@@ -53,7 +61,9 @@ def test_every_answer_of_the_api_is_described(node: Node) -> None:
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-def test_a_fuzzer_finds_no_answer_that_the_document_denies(case: Any, node: Node) -> None:
+def test_a_fuzzer_finds_no_answer_that_the_document_denies(
+    case: Any, node: Node, session: Any
+) -> None:
     key = (node.state_dir / "api.key").read_text().strip()
     case.call_and_validate(
         base_url=f"http://{node.ready['api']}",
@@ -61,4 +71,5 @@ def test_a_fuzzer_finds_no_answer_that_the_document_denies(case: Any, node: Node
         # 503 and 504 are answers here; that they are described is another check.
         excluded_checks=[schemathesis.checks.not_a_server_error],
         timeout=20,
+        session=session,
     )

@@ -241,6 +241,10 @@ def answers_of_api(address: tuple[str, int], key: dict[str, str]) -> Iterator[tu
         *("/api/p2p/federation", "/api/p2p/stats"),
     ):
         yield path, ask(address, path, headers=key)[1]
+    for asked in ({"prompt": PROMPT}, {"prompt": PROMPT, "stream": True}, {"prompt": [PROMPT]}):
+        asking = json.dumps({"model": "m"} | asked)
+        shown = {"authorization": f"Bearer {API_KEY}"}
+        yield f"POST /api/explain {list(asked)}", ask(address, "/api/explain", asking, shown)[1]
     wrong = {"authorization": f"Bearer {WRONG_API_KEY}"}
     yield "a wrong key", ask(address, "/api/p2p/token", headers=wrong)[1]
     yield "a refused POST", ask(address, "/api/drain", method="POST", headers=wrong)[1]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 
 import httpx
@@ -7,8 +8,9 @@ import pytest
 import trio
 from prometheus_client import CollectorRegistry, Gauge
 
-from meshnode.errors import ListenFailed, NoCandidate, PeerUnreachable
-from meshnode.http.control_api import build_app
+from meshnode.errors import ListenFailed, NoCandidate, PeerUnreachable, UnknownModel
+from meshnode.http import body
+from meshnode.http.control_api import MAX_EXPLAIN_BYTES, build_app
 from meshnode.http.guard import Access, make_local_key
 from meshnode.http.server import bind, bind_unix, serve_forever
 
@@ -35,8 +37,15 @@ class SomeNode:
             raise ZeroDivisionError("oops")
         return {"service_id": service, "target": target}
 
-    def explain_model(self, model, service, target):
-        return {"model": model, "service_id": service, "target": target}
+    def explain_model(self, asked):
+        if asked.model == "nobody's":
+            raise UnknownModel("nobody has it", model=asked.model)
+        return {
+            "model": asked.model,
+            "service_id": asked.service_id,
+            "target": asked.target,
+            "prompt": asked.prompt,
+        }
 
     async def ping(self, peer):
         if peer == "gone":
@@ -106,6 +115,74 @@ async def test_explain_takes_a_model(api):
 async def test_explain_takes_service_and_target(api):
     answer = await api.get("/api/explain", params={"service": "llm", "target": "gpu1"})
     assert answer.json() == {"schema_version": 1, "service_id": "llm", "target": "gpu1"}
+
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+async def test_explain_takes_a_prompt_in_a_body_from_whoever_has_a_key(api):
+    asked = {"model": "m", "messages": MESSAGES, "service": "llm"}
+    assert (await api.post("/api/explain", json=asked)).status_code == 401
+    answer = await api.post("/api/explain", json=asked, headers=SHOWN)
+    assert answer.json() == {
+        "schema_version": 1,
+        "model": "m",
+        "service_id": "llm",
+        "target": None,
+        "prompt": "\x1euser\x1fhi",
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        (b"", 400, "invalid_request", None),
+        (b"[]", 400, "invalid_request", None),
+        (b'{"prompt":"x"}', 400, "invalid_request", "model"),
+        (b'{"model":"m","prompt":"x","temperature":1}', 400, "invalid_request", "temperature"),
+        (b'{"model":"nobody\'s","prompt":"x"}', 503, "no_candidate", None),
+    ],
+)
+async def test_a_body_that_asks_nothing_is_told_why(api, body, status, code, param):
+    answer = await api.post("/api/explain", content=body, headers=SHOWN)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
+
+
+async def test_a_prompt_takes_no_parameters_in_the_url(api):
+    answer = await api.post("/api/explain?model=m", content=b"{}", headers=SHOWN)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_of_a_mebibyte_is_read_and_a_longer_one_refused_in_words(api, chunked):
+    def made(size: int):
+        text = json.dumps({"model": "m", "prompt": ""}).replace('""', '"%s"').encode()
+        data = text % (b"x" * (size - len(text) + 2))
+        assert len(data) == size
+
+        async def pieces():
+            for at in range(0, size, 65536):
+                yield data[at : at + 65536]
+
+        return pieces() if chunked else data
+
+    whole = await api.post("/api/explain", content=made(MAX_EXPLAIN_BYTES), headers=SHOWN)
+    assert whole.status_code == 200
+    for size in (MAX_EXPLAIN_BYTES + 1, 4 * MAX_EXPLAIN_BYTES):
+        answer = await api.post("/api/explain", content=made(size), headers=SHOWN)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+
+
+async def test_a_body_that_stops_coming_is_given_up(api, monkeypatch):
+    monkeypatch.setattr(body, "BODY_TIMEOUT", 0.1)
+
+    async def stops():
+        yield b'{"model":'
+        await trio.sleep(5)
+
+    answer = await api.post("/api/explain", content=stops(), headers=SHOWN)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "timeout")
 
 
 @pytest.mark.parametrize(
