@@ -61,6 +61,7 @@ def test_a_prompt_that_one_entry_served_is_warm_at_the_other_until_its_host_dies
 
     said = chat(a, QUESTION)
     assert a.decisions()[0]["picked"] == small.peer_id
+    eventually(lambda: all(row["in_flight"] == 0 for row in b.peers()), within=10)
     warm = eventually(
         lambda: (now := explained(cluster, b, prompt))["tier"] == "prefix" and now, within=10
     )
