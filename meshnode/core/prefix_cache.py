@@ -40,6 +40,7 @@ class Verdict(Generic[ReplicaT]):
 class _Entry(Generic[ReplicaT]):
     owner: ReplicaT
     seen: float  # seconds on this node's clock
+    told: float  # when it was last news to all who remember it
 
 
 @dataclass(slots=True)
@@ -77,17 +78,18 @@ class PrefixIndex(Generic[ReplicaT]):
         """Record that ``owner`` serves the prompt of ``chain``.
 
         Returns:
-            The blocks that are new or changed hands; none if the whole chain was its already.
+            The blocks that are news: new, in other hands, or so long told that those who were
+            told would soon forget them; none if the whole chain was known to be its.
         """
         if not chain:
             return ()
         self.evict(now)
         last = self._entries.get((model, chain[-1]))
-        was_its_own = last is not None and last.owner == owner
-        fresh = self._record(model, chain, owner, now)
+        is_known = last is not None and not self._is_news(last, owner, now)
+        news = self._record(model, chain, owner, now, is_told=not is_known)
         while len(self._entries) > self._max_entries:
             self._drop(next(iter(self._entries)))
-        return () if was_its_own else fresh
+        return news
 
     def matches(self, model: str, chain: Sequence[int], now: float) -> dict[ReplicaT, int]:
         """Return for each replica how many blocks of the chain it served, the deepest first."""
@@ -141,29 +143,33 @@ class PrefixIndex(Generic[ReplicaT]):
             self._drop(key)
 
     def _record(
-        self, model: str, chain: Sequence[int], owner: ReplicaT, now: float
+        self, model: str, chain: Sequence[int], owner: ReplicaT, now: float, *, is_told: bool
     ) -> tuple[int, ...]:
-        """Record the blocks; return those that are new or changed hands."""
+        """Record the blocks; return those that are news, if the chain is told at all."""
         entries = self._entries
-        fresh: list[int] = []
+        news: list[int] = []
         before: Counter[tuple[ReplicaT, float]] = Counter()  # as a rule, all were seen at once
         for block in reversed(chain):
             key = (model, block)
             entry = entries.get(key)
             if entry is None:
-                entries[key] = _Entry(owner, now)
-                fresh.append(block)
+                entries[key] = _Entry(owner, now, told=now)
+                news.append(block)
                 continue
             before[entry.owner, entry.seen] += 1
-            if entry.owner != owner:
-                fresh.append(block)
+            if is_told and self._is_news(entry, owner, now):
+                news.append(block)
+                entry.told = now
             entries.move_to_end(key)
             entry.owner, entry.seen = owner, now
         for (old_owner, seen), count in before.items():
             self._weigh(model, old_owner, -count, seen)
         self._weigh(model, owner, len(chain), now)
-        fresh.reverse()
-        return tuple(fresh)
+        news.reverse()
+        return tuple(news)
+
+    def _is_news(self, entry: _Entry[ReplicaT], owner: ReplicaT, now: float) -> bool:
+        return entry.owner != owner or now - entry.told > self._ttl / 2
 
     def _drop(self, key: tuple[str, int]) -> None:
         entry = self._entries.pop(key)

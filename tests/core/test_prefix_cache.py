@@ -212,15 +212,15 @@ def chain_of(branches: list[int]) -> list[int]:
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """The index beside a plain table of (model, block) -> (owner, seen), searched naively."""
+    """The index beside a plain table of (model, block) -> (owner, seen, told), searched naively."""
 
     def __init__(self) -> None:
         super().__init__()
         self.index: PrefixIndex[tuple[str, int]] = PrefixIndex(ttl=300, half_life=120)
-        self.table: dict[tuple[str, int], tuple[tuple[str, int], float]] = {}
+        self.table: dict[tuple[str, int], tuple[tuple[str, int], float, float]] = {}
         self.now = 0.0
 
-    def live(self) -> dict[tuple[str, int], tuple[tuple[str, int], float]]:
+    def live(self) -> dict[tuple[str, int], tuple[tuple[str, int], float, float]]:
         return {k: v for k, v in self.table.items() if self.now - v[1] <= 300}
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 60.0, 150.0, 300.0, 300.5, 40_000.0]))
@@ -230,12 +230,18 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(model=st.sampled_from("mn"), branches=BRANCHES, owner=st.sampled_from(REPLICAS))
     def observe(self, model: str, branches: list[int], owner: tuple[str, int]) -> None:
         chain, live = chain_of(branches), self.live()
-        expected = [b for b in chain if live.get((model, b), (None, 0))[0] != owner]
-        if chain and live.get((model, chain[-1]), (None, 0))[0] == owner:
-            expected = []
+        nobody = (None, 0.0, 0.0)
+
+        def is_news(block: int) -> bool:
+            known_owner, _, told = live.get((model, block), nobody)
+            return known_owner != owner or self.now - told > 150
+
+        expected = [b for b in chain if is_news(b)] if chain and is_news(chain[-1]) else []
         assert list(self.index.observe(model, chain, owner, self.now)) == expected
         self.table = live
-        self.table.update({(model, block): (owner, self.now) for block in chain})
+        for block in chain:
+            told = self.now if block in expected else live.get((model, block), nobody)[2]
+            self.table[model, block] = (owner, self.now, told)
 
     @rule(owner=st.sampled_from(REPLICAS))
     def leave(self, owner: tuple[str, int]) -> None:
@@ -265,7 +271,7 @@ class IndexMachine(RuleBasedStateMachine):
             for replica in REPLICAS:
                 expected = sum(
                     0.5 ** ((self.now - seen) / 120)
-                    for (of, _), (owner, seen) in live.items()
+                    for (of, _), (owner, seen, _told) in live.items()
                     if of == model and owner == replica
                 )
                 assert self.index.weight(model, replica, self.now) == pytest.approx(expected)

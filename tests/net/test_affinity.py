@@ -139,6 +139,19 @@ async def test_requests_that_tell_nothing_new_send_nothing(run, hosts, entry, au
     assert a.counted("batches_total", direction="sent") == 1
 
 
+async def test_what_stays_in_use_at_one_entry_is_not_forgotten_at_the_other(
+    run, hosts, entry, autojump_clock
+):
+    a, b = entry("a"), entry("b")
+    await run(hosts, [a, b])
+    for _ in range(20):
+        a.serve(target=hosts[0].peer_id)
+        await trio.sleep(30)
+        assert b.member.models.blocks_known > 0
+    # Not with every request, though: ten minutes are four times what is told again after.
+    assert 3 <= a.counted("batches_total", direction="sent") <= 5
+
+
 @pytest.mark.parametrize("affinity", ["off", "session"])
 async def test_without_affinity_to_prompts_an_entry_neither_tells_nor_takes(
     run, hosts, entry, affinity: Affinity, autojump_clock
