@@ -274,4 +274,4 @@ async def test_a_nodes_own_service_is_asked_over_kept_connections(
             still_open = backend.open
             assert await ask(node, text) == f"{text}!"
             await wait_until(lambda before=still_open: backend.open < max(before, 1), within=5)
-            await trio.sleep(0.05)  # its FIN may still be on the way through the kernel
+            await trio.sleep(0.3)  # its FIN may still be on the way through the kernel
