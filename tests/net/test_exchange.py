@@ -48,9 +48,11 @@ class Backend:
                         if line == "cut":
                             abort(stream)
                             return
-                        await stream.send_all(f"{line}!".encode())
                         answered += 1
-                        if self.close_after and answered >= self.close_after:
+                        # Before the answer leaves: who has it may set the limit anew.
+                        is_last = self.close_after and answered >= self.close_after
+                        await stream.send_all(f"{line}!".encode())
+                        if is_last:
                             return
         except trio.BrokenResourceError:
             self.broken.set()
@@ -274,4 +276,4 @@ async def test_a_nodes_own_service_is_asked_over_kept_connections(
             still_open = backend.open
             assert await ask(node, text) == f"{text}!"
             await wait_until(lambda before=still_open: backend.open < max(before, 1), within=5)
-            await trio.sleep(0.3)  # its FIN may still be on the way through the kernel
+            await trio.sleep(0.05)  # its FIN may still be on the way through the kernel
