@@ -27,9 +27,6 @@ from meshnode.cli.queries import (
 )
 from meshnode.errors import ConfigError, NoCandidate
 
-# What the control API takes (http/control_api.MAX_EXPLAIN_BYTES).
-_MAX_PROMPT_BYTES = 1024 * 1024
-
 
 def explain(
     service: Annotated[
@@ -92,18 +89,18 @@ def _read_prompt(path: Path) -> dict[str, object]:
     Raises:
         ConfigError: the file can't be read, is too long, or holds no text.
     """
-    from meshnode.core.explain_request import PROMPT_FIELDS, PROMPTS
+    from meshnode.core.explain_request import MAX_BYTES, PROMPT_FIELDS, PROMPTS
 
     name = "standard input" if str(path) == "-" else str(path)
     try:
         if str(path) == "-":
-            data = sys.stdin.buffer.read(_MAX_PROMPT_BYTES + 1)
+            data = sys.stdin.buffer.read(MAX_BYTES + 1)
         else:
             with path.open("rb") as file:
-                data = file.read(_MAX_PROMPT_BYTES + 1)
-        if len(data) > _MAX_PROMPT_BYTES:
+                data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
             raise ConfigError(
-                f"prompt_file={name} has more than {_MAX_PROMPT_BYTES:,} bytes; "
+                f"prompt_file={name} has more than {MAX_BYTES:,} bytes; "
                 "the first 16,384 of a prompt decide where it goes, so cut it"
             )
         text = data.decode()

@@ -15,6 +15,8 @@ from meshnode.core.json_body import parse_object
 from meshnode.core.openai_request import MAX_MODEL
 from meshnode.errors import ParseError
 
+# Of a prompt the first 16 KiB decide where it goes; as JSON, with its tools, it may be longer.
+MAX_BYTES = 1024 * 1024
 # Names of peers and services are shorter.
 MAX_NAME = 256  # characters
 

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from meshnode.core.explain_request import ExplainRequest, parse_explain
+from meshnode.core.explain_request import MAX_BYTES, ExplainRequest, parse_explain
 from meshnode.errors import MeshnodeError, NoCandidate, ParseError, PeerUnreachable
 from meshnode.http import openapi, page
 from meshnode.http.answers import HEADERS, error_response
@@ -29,8 +29,6 @@ from meshnode.http.guard import Access, Guard
 SCHEMA_VERSION = 1
 
 _log = structlog.get_logger(__name__)
-# Of a prompt the first 16 KiB decide where it goes; as JSON, with its tools, it may be longer.
-MAX_EXPLAIN_BYTES = 1024 * 1024
 # A name longer than this is no peer's and no service's.
 _MAX_PARAMETER = 256
 
@@ -157,7 +155,7 @@ async def _explain(view: NodeView, request: Request) -> Response:
     """Answer; a prompt comes by POST, as it has no room in a URL, and URLs end up in logs."""
     if request.method == "POST":
         _parameters(request)
-        body = await read_body(request, MAX_EXPLAIN_BYTES)
+        body = await read_body(request, MAX_BYTES)
         return _json(view.explain_model(parse_explain(body)))
     chosen = _parameters(request, "service", "target", "model")
     service, target, model = (chosen.get(name) for name in ("service", "target", "model"))

@@ -8,9 +8,10 @@ import pytest
 import trio
 from prometheus_client import CollectorRegistry, Gauge
 
+from meshnode.core.explain_request import MAX_BYTES
 from meshnode.errors import ListenFailed, NoCandidate, PeerUnreachable, UnknownModel
 from meshnode.http import body
-from meshnode.http.control_api import MAX_EXPLAIN_BYTES, build_app
+from meshnode.http.control_api import build_app
 from meshnode.http.guard import Access, make_local_key
 from meshnode.http.server import bind, bind_unix, serve_forever
 
@@ -167,9 +168,9 @@ async def test_a_body_of_a_mebibyte_is_read_and_a_longer_one_refused_in_words(ap
 
         return pieces() if chunked else data
 
-    whole = await api.post("/api/explain", content=made(MAX_EXPLAIN_BYTES), headers=SHOWN)
+    whole = await api.post("/api/explain", content=made(MAX_BYTES), headers=SHOWN)
     assert whole.status_code == 200
-    for size in (MAX_EXPLAIN_BYTES + 1, 4 * MAX_EXPLAIN_BYTES):
+    for size in (MAX_BYTES + 1, 4 * MAX_BYTES):
         answer = await api.post("/api/explain", content=made(size), headers=SHOWN)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
 

@@ -305,3 +305,20 @@ async def test_in_a_large_mesh_load_waits_for_its_turn_and_state_does_not(
     b.announcer.drain()
     await trio.sleep(1.1)
     assert [(state, at - begun <= 1) for at, _, state in heard] == [("draining", True)]
+
+
+@pytest.mark.parametrize(("nodes", "told"), [(25, 3), (26, 1)])
+async def test_only_in_a_small_mesh_each_further_link_is_told(
+    make_node, start, autojump_clock, nodes, told
+):
+    a = make_node("a")
+    a.announcer._nodes = lambda: nodes
+    await start(a)
+    await trio.sleep(3)
+    before = a.counted("announcements_total", direction="sent")
+    for name in ("b", "c", "d"):
+        await start(make_node(name, bootstraps=[a.addr]))
+        await trio.sleep(1.5)  # longer than the spacing, so that each link could be told
+    assert len(a.mesh.links()) == 3
+    # Three links within 4.5 s, and no beat of 10 s between.
+    assert a.counted("announcements_total", direction="sent") - before == told

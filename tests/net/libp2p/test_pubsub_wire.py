@@ -177,6 +177,18 @@ def test_a_known_origin_must_still_sign_each_message() -> None:
         verify_origin(forged)
 
 
+def test_what_hosts_of_one_process_verified_once_is_true_for_that_message_alone() -> None:
+    origin_of = pubsub_wire.shared_verification(8)
+    key_pair = create_new_key_pair()
+    message = signed_message(key_pair, b"genuine")
+    named = ID.from_pubkey(key_pair.public_key).to_base58()
+    assert origin_of(message) == origin_of(message) == named
+    message.data = b"forged"
+    for _ in range(2):
+        with pytest.raises(WireError, match="not signed by"):
+            origin_of(message)
+
+
 def test_only_so_many_origins_are_remembered_and_each_with_few_bytes() -> None:
     remembered = pubsub_wire._read_inside.cache_info
     assert remembered().maxsize == 10_000
