@@ -3,6 +3,7 @@
 import { bytes, clean, el, milliseconds, setText, words } from "./dom.js";
 import { Charts, figures } from "./charts.js";
 import { Decisions } from "./decisions.js";
+import { Drain } from "./drain.js";
 import { Join } from "./join.js";
 import { Keys } from "./keys.js";
 import { Links } from "./links.js";
@@ -19,6 +20,7 @@ const charts = new Charts();
 const decisions = new Decisions();
 const links = new Links();
 const join = new Join(keys);
+const drain = new Drain(keys, model);
 const members = new Members(() => members.arrange(model));
 const byId = (id) => document.getElementById(id);
 
@@ -60,6 +62,7 @@ function drawStatus() {
   byId("missing").hidden = missing.length === 0;
   setText(byId("missing"), missing.length ? `Not ready: ${missing.map(clean).join("; ")}` : "");
   join.update(model);
+  drain.update();
 }
 
 function drawTotals() {
@@ -132,6 +135,7 @@ function showConnection(state, seconds) {
   setText(pill, { connecting: "connecting…", live: "live", lost: "not connected" }[state]);
   pill.title = seconds ? `next try in ${seconds.toFixed(1)} s` : "";
   document.body.classList.toggle("stale", state === "lost");
+  if (state === "lost") drain.lost();
 }
 
 setInterval(() => {

@@ -36,11 +36,15 @@ export class Join {
     const button = el("button", { type: "button", "aria-expanded": "false" }, "Show the token");
     button.addEventListener("click", async () => {
       if (button.getAttribute("aria-expanded") === "true") return hide();
-      const token = await this.keys.fetchWithKey("/api/p2p/token", "The token opens the mesh to whoever has it, so the node wants its API key before it tells it.");
-      if (token === null) return undefined;
+      const answer = await this.keys.fetchWithKey("/api/p2p/token", "The token opens the mesh to whoever has it, so the node wants its API key before it tells it.");
+      if (answer === null) return undefined;
+      if (!answer.ok) {
+        shown.replaceChildren(el("p", { class: "wrong", role: "alert" }, answer.text));
+        return undefined;
+      }
       shown.replaceChildren(
         el("p", { class: "faint" }, "Put this line into mesh.token on the other host, readable by its user alone (chmod 600)."),
-        command(token.trim()));
+        command(answer.text.trim()));
       button.textContent = "Hide the token";
       button.setAttribute("aria-expanded", "true");
       return undefined;
