@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 
 from meshnode.core.ledger import Ledger, LedgerEntry
 from meshnode.core.node_data import ServiceData
@@ -22,6 +23,7 @@ _DEFAULT_PREFIXES = ("registry.ollama.ai/", "library/")
 _DEFAULT_TAG = ":latest"
 
 
+@lru_cache(maxsize=1024)  # what clients name has 256 characters at most, what peers do 128
 def model_key(model: str) -> str:
     """Return what all spellings of one model share, as Ollama reads its names."""
     key = model.strip().lower()

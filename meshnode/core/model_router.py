@@ -268,15 +268,15 @@ class ModelRouter:
     ) -> Decision:
         chosen = pick.chosen
 
-        def row(each: Candidate) -> CandidateRow:
-            depth = depths.get(each.place)
-            return each.row._replace(match_ratio=depth / len(chain)) if depth else each.row
-
         best = list(islice(able, MAX_ROWS))
         if chosen is not None and chosen not in best:
             best[-1] = chosen
-        rows = [row(each) for each in best] if depths else [each.row for each in best]
-        if len(rows) < MAX_ROWS:
+        rows = [each.row for each in best]
+        if depths:
+            for at, each in enumerate(best):
+                if each.place in depths:
+                    rows[at] = each.row._replace(match_ratio=depths[each.place] / len(chain))
+        if len(rows) < min(MAX_ROWS, len(ranking)):
             others = ranking.excluded(partial(self._may, request), able, request.now)
             rows += islice(others, MAX_ROWS - len(rows))
         ratio = depths.get(chosen.place, 0) / len(chain) if chain and chosen else None

@@ -136,26 +136,25 @@ class PeerView:
         """
         slot = self.slot(service_id)
         in_flight = slot.own + slot.others
+        node, last_used, vram = self.node, self.last_used, self.vram
+        peer_id = node.id
         candidate = ReplicaCandidate(
-            node_id=self.node.id,
-            in_flight=in_flight,
-            last_used=self.last_used,
-            available_vram=self.vram,
+            peer_id, in_flight=in_flight, last_used=last_used, available_vram=vram
         )
         group, reason, until = self._group(service_id, slot, now, pinned)
         row = CandidateRow(
-            peer_id=self.node.id,
-            name=self.node.name,
-            own_in_flight=slot.own,
-            others_in_flight=slot.others,
-            in_flight=in_flight,
-            last_used=self.last_used,
-            available_vram=self.vram,
-            reported_at=self.reported_at,
+            peer_id,
+            node.name,
+            slot.own,
+            slot.others,
+            in_flight,
+            last_used,
+            vram,
+            self.reported_at,
         )
         return Standing(
             rank(candidate),
-            self.node.id,
+            peer_id,
             candidate,
             row,
             group,

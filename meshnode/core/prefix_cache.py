@@ -9,7 +9,7 @@ deeper match of somebody who is no candidate does not hide a shallower one of so
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -66,7 +66,7 @@ class PrefixIndex(Generic[ReplicaT]):
         # The longest unseen first; of one path the deepest block first, as it serves the fewest.
         self._entries: OrderedDict[tuple[str, int], _Entry[ReplicaT]] = OrderedDict()
         self._weights: dict[str, dict[ReplicaT, Weight]] = {}
-        self._owned: Counter[str] = Counter()  # entries, by node
+        self._owned: dict[str, int] = {}  # entries, by node; none is 0
         self._epoch = 0.0
 
     def __len__(self) -> int:
@@ -131,7 +131,7 @@ class PrefixIndex(Generic[ReplicaT]):
 
     def invalidate_node(self, node_id: str) -> None:
         """Forget what any replica of a node served, as when it left."""
-        if self._owned[node_id]:  # peers come and go that never served anything
+        if node_id in self._owned:  # peers come and go that never served anything
             self._drop_all(key for key, entry in self._entries.items() if entry.owner[0] == node_id)
 
     def evict(self, now: float) -> None:
@@ -148,7 +148,7 @@ class PrefixIndex(Generic[ReplicaT]):
         """Record the blocks; return those that are news, if the chain is told at all."""
         entries = self._entries
         news: list[int] = []
-        before: Counter[tuple[ReplicaT, float]] = Counter()  # as a rule, all were seen at once
+        before: dict[tuple[ReplicaT, float], int] = {}  # as a rule, all were seen at once
         for block in reversed(chain):
             key = (model, block)
             entry = entries.get(key)
@@ -156,15 +156,17 @@ class PrefixIndex(Generic[ReplicaT]):
                 entries[key] = _Entry(owner, now, told=now)
                 news.append(block)
                 continue
-            before[entry.owner, entry.seen] += 1
+            seen_at = (entry.owner, entry.seen)
+            before[seen_at] = before.get(seen_at, 0) + 1
             if is_told and self._is_news(entry, owner, now):
                 news.append(block)
                 entry.told = now
             entries.move_to_end(key)
             entry.owner, entry.seen = owner, now
+        # What is added goes first: the row of one that keeps its blocks is not made anew.
+        self._weigh(model, owner, len(chain), now)
         for (old_owner, seen), count in before.items():
             self._weigh(model, old_owner, -count, seen)
-        self._weigh(model, owner, len(chain), now)
         news.reverse()
         return tuple(news)
 
@@ -182,11 +184,18 @@ class PrefixIndex(Generic[ReplicaT]):
     def _weigh(self, model: str, owner: ReplicaT, change: int, seen: float) -> None:
         if (seen - self._epoch) / self._half_life > _MAX_GROWTH:
             self._scale_down(seen)
-        self._owned[owner[0]] += change
-        if not self._owned[owner[0]]:
-            del self._owned[owner[0]]
-        weights = self._weights.setdefault(model, {})
-        weight = weights.setdefault(owner, Weight())
+        node = owner[0]
+        owned = self._owned.get(node, 0) + change
+        if owned:
+            self._owned[node] = owned
+        else:
+            del self._owned[node]
+        weights = self._weights.get(model)
+        if weights is None:
+            weights = self._weights[model] = {}
+        weight = weights.get(owner)
+        if weight is None:
+            weight = weights[owner] = Weight()
         weight.count += change
         weight.total += change * 2.0 ** ((seen - self._epoch) / self._half_life)
         if weight.count == 0:  # not by the total, which rounds

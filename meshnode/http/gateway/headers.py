@@ -80,14 +80,17 @@ def request_for_engine(
     """
     if traceparent is not None:
         without = without | {b"traceparent"}
-    lines = [
-        b"%b %b HTTP/1.1\r\nhost: %b" % (head.method, head.target, head.host or b"localhost"),
-        *_passing(
-            head.fields, _OF_THE_REQUEST | without if without else _OF_THE_REQUEST, head.connection
-        ),
-        b"x-request-id: " + request_id,
-        b"via: 1.%d meshnode" % head.minor,
-    ]
+    like = head.rendered.get(without)
+    if like is None:
+        like = head.rendered[without] = b"\r\n".join(
+            (
+                b"%b %b HTTP/1.1\r\nhost: %b"
+                % (head.method, head.target, head.host or b"localhost"),
+                *_passing(head.fields, _OF_THE_REQUEST | without, head.connection),
+                b"via: 1.%d meshnode" % head.minor,
+            )
+        )
+    lines = [like, b"x-request-id: " + request_id]
     if traceparent is not None:
         lines.append(b"traceparent: " + traceparent)
     if length is not None:
@@ -111,12 +114,16 @@ def answer_for_client(
         chunked: whether the body follows in chunks of the gateway's.
         close: whether this is the last answer on the connection.
     """
-    reason = head.reason or reason_of(head.status).encode()
-    lines = [
-        b"HTTP/1.1 %d %b" % (head.status, reason),
-        *_passing(head.fields, _OF_THE_ANSWER, head.connection),
-        *ours,
-    ]
+    like = head.rendered.get(b"")
+    if like is None:
+        reason = head.reason or reason_of(head.status).encode()
+        like = head.rendered[b""] = b"\r\n".join(
+            (
+                b"HTTP/1.1 %d %b" % (head.status, reason),
+                *_passing(head.fields, _OF_THE_ANSWER, head.connection),
+            )
+        )
+    lines = [like, *ours]
     if chunked:
         lines.append(b"transfer-encoding: chunked")
     elif head.length is not None:

@@ -8,6 +8,7 @@ would let one client's bytes become another one's request, so all of that is ref
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 # Heads of browsers with all their cookies stay below 16 KiB; engines refuse more than 64 KiB.
@@ -25,6 +26,14 @@ _FIELD = re.compile(rb"(" + _TOKEN + rb"+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
 _HOST = re.compile(rb"(?:[0-9A-Za-z._~%!$&'()*+,;=-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 _ABSOLUTE = re.compile(rb"https?://([^/?#@]+)(/[^#]*|\?[^#]*)?", re.IGNORECASE)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+
+# One client's heads are alike from request to request, and an engine's answers too, but for the
+# length of the body: they are read once, with another length in its place. Exact bytes are
+# compared, so that one head is never taken for another. Those kept
+# hold clients' keys for a while, as the clients' connections do.
+_LENGTH_LINE = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ([0-9]{1,15})(?=\r\n|\Z)")
+_KEPT_HEAD_BYTES = 2048  # as long as those of programs are; with cookies each is another one
+_KEPT_HEADS = 256  # of requests, and as many of answers: some 4 MB together, at most
 
 _SPECIAL = frozenset(
     {b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"upgrade"}
@@ -59,6 +68,8 @@ class RequestHead(NamedTuple):
     connection: frozenset[bytes]  # options of Connection, in lower case
     expects_continue: bool
     upgrade: bytes | None
+    # What was rendered of it, by whoever did: shared by heads that differ in their length alone.
+    rendered: dict[object, bytes]
 
     @property
     def has_body(self) -> bool:
@@ -91,6 +102,7 @@ class ResponseHead(NamedTuple):
     chunked: bool
     connection: frozenset[bytes]
     upgrade: bytes | None
+    rendered: dict[object, bytes]  # as a request's
 
     @property
     def keeps_alive(self) -> bool:
@@ -131,6 +143,30 @@ def parse_request(head: bytes) -> RequestHead:
     Raises:
         BadRequest: it is malformed or ambiguous.
     """
+    if len(head) > _KEPT_HEAD_BYTES:
+        return _parse_request(head)
+    match = _LENGTH_LINE.search(head)
+    if match is None:
+        return _parse_kept_request(head)
+    # A second length, or one beside chunks, is refused with the other digits as with these.
+    like = _parse_kept_request(b"%b0%b" % (head[: match.start(1)], head[match.end(1) :]))
+    # By position: _replace costs three times as much.
+    return RequestHead(
+        like.method,
+        like.target,
+        like.minor,
+        like.host,
+        _with_length(like.fields, match),
+        int(match[1]),
+        like.chunked,
+        like.connection,
+        like.expects_continue,
+        like.upgrade,
+        like.rendered,
+    )
+
+
+def _parse_request(head: bytes) -> RequestHead:
     check_beginning(head)
     first, *lines = head.split(b"\r\n")
     match = _REQUEST_LINE.fullmatch(first)
@@ -156,7 +192,11 @@ def parse_request(head: bytes) -> RequestHead:
         connection=options,
         expects_continue=_expects_continue(special, minor),
         upgrade=_upgrade(special, options) if minor else None,
+        rendered={},
     )
+
+
+_parse_kept_request = lru_cache(maxsize=_KEPT_HEADS)(_parse_request)
 
 
 def parse_response(head: bytes) -> ResponseHead:
@@ -165,6 +205,26 @@ def parse_response(head: bytes) -> ResponseHead:
     Raises:
         BadResponse: it is malformed or ambiguous.
     """
+    if len(head) > _KEPT_HEAD_BYTES:
+        return _parse_response(head)
+    match = _LENGTH_LINE.search(head)
+    if match is None:
+        return _parse_kept_response(head)
+    like = _parse_kept_response(b"%b0%b" % (head[: match.start(1)], head[match.end(1) :]))
+    return ResponseHead(
+        like.status,
+        like.reason,
+        like.minor,
+        _with_length(like.fields, match),
+        int(match[1]),
+        like.chunked,
+        like.connection,
+        like.upgrade,
+        like.rendered,
+    )
+
+
+def _parse_response(head: bytes) -> ResponseHead:
     first, *lines = head.split(b"\r\n")
     match = _STATUS_LINE.fullmatch(first)
     if match is None:
@@ -185,7 +245,20 @@ def parse_response(head: bytes) -> ResponseHead:
         chunked=chunked,
         connection=options,
         upgrade=_upgrade(special, options),
+        rendered={},
     )
+
+
+_parse_kept_response = lru_cache(maxsize=_KEPT_HEADS)(_parse_response)
+
+
+def _with_length(fields: tuple[Field, ...], match: re.Match[bytes]) -> tuple[Field, ...]:
+    """Return the fields with the length line that was found in the place of the other one."""
+    for at, field in enumerate(fields):
+        if field[0] == b"content-length":
+            own = (b"content-length", match[1], match[0][2:])
+            return (*fields[:at], own, *fields[at + 1 :])
+    raise AssertionError("a length line is a field")
 
 
 _Special = dict[bytes, list[bytes]]

@@ -18,6 +18,7 @@ from meshnode.http.gateway.bodies import (
     LengthBody,
     encode_chunk,
 )
+from meshnode.http.gateway.headers import request_for_engine
 from meshnode.http.gateway.heads import (
     BadRequest,
     BadResponse,
@@ -238,3 +239,48 @@ def test_a_body_that_ends_with_its_connection_is_whole_then() -> None:
 def test_nothing_is_no_chunk_for_that_would_be_the_end() -> None:
     assert encode_chunk(b"") == b""
     assert encode_chunk(b"x" * 255) == b"ff\r\n" + b"x" * 255 + b"\r\n"
+
+
+def test_heads_that_differ_in_their_length_alone_keep_each_its_own() -> None:
+    for length in (5, 0, 17, 5):
+        line = b"Content-Length: %d" % length
+        asked = parse_request(b"POST /v1/x HTTP/1.1\r\nhost: a\r\n" + line + b"\r\naccept: */*")
+        assert asked.length == length
+        assert asked.fields[1] == (b"content-length", b"%d" % length, line)
+        assert asked.value(b"content-length") == b"%d" % length
+        answer = parse_response(b"HTTP/1.1 200 OK\r\nserver: x\r\n" + line)
+        assert (answer.length, answer.value(b"content-length")) == (length, b"%d" % length)
+
+
+def test_a_head_read_before_does_not_hide_a_second_length_or_chunks() -> None:
+    good = b"POST /v1/x HTTP/1.1\r\nhost: a\r\ncontent-length: 5"
+    assert parse_request(good).length == 5
+    for more in (b"\r\ncontent-length: 5", b"\r\ncontent-length: 6", b"\r\nContent-Length: 5"):
+        with pytest.raises(BadRequest, match="more than one Content-Length"):
+            parse_request(good + more)
+    with pytest.raises(BadRequest, match="both Content-Length and Transfer-Encoding"):
+        parse_request(good + b"\r\ntransfer-encoding: chunked")
+    for wrong in (b"5, 5", b"+5", b"0x5", b"5 5", b"1" * 16):
+        with pytest.raises(BadRequest, match="is no length"):
+            parse_request(b"POST /v1/x HTTP/1.1\r\nhost: a\r\ncontent-length: " + wrong)
+
+
+def test_what_is_passed_on_of_alike_heads_is_each_ones_own() -> None:
+    def sent(key: bytes, length: int) -> bytes:
+        head = parse_request(
+            b"POST /v1/x HTTP/1.1\r\nhost: a\r\nauthorization: %b\r\ncontent-length: %d"
+            % (key, length)
+        )
+        return request_for_engine(head, b"id%d" % length, length=length, without=frozenset())
+
+    for key, length in ((b"one", 1), (b"two", 2), (b"one", 3), (b"two", 1)):
+        lines = sent(key, length).split(b"\r\n")
+        assert b"authorization: " + key in lines
+        assert b"x-request-id: id%d" % length in lines
+        assert [line for line in lines if line.startswith(b"content-length")] == [
+            b"content-length: %d" % length
+        ]
+    head = parse_request(b"GET / HTTP/1.1\r\nhost: a\r\nauthorization: secret")
+    for without, told in ((frozenset({b"authorization"}), False), (frozenset(), True)):
+        passed = request_for_engine(head, b"id", length=None, without=without)
+        assert (b"secret" in passed) is told
