@@ -35,6 +35,11 @@ CONNECTIONS = 32
 STREAMS = 200
 CPU_STREAMS = 40  # few enough that events are not read several at a time
 CANDIDATES = 1000
+WINDOWS = {
+    "head": "before the answer's head",
+    "stream": "in mid-stream",
+    "whole": "in an answer that is no stream",
+}
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,7 @@ def measure(tell: Callable[[str], None], *, quick: bool) -> list[Row]:
         rows = [added_latency(tell, path, 300 if quick else 1500)]
         rows.append(throughput(tell, path, 2 if quick else 6))
         rows.append(events(tell, path, 100 if quick else 400))
+        rows += [freed(tell, path, window, 50 if quick else 200) for window in WINDOWS]
     if not quick:
         rows.append(first_token(tell))
     tell(f"choosing among {CANDIDATES:,}")
@@ -263,6 +269,16 @@ def events(tell: Callable[[str], None], path: Nodes, chunks: int) -> Row:
     added = ours["p99_ms"] - direct["p99_ms"]
     label = f"{STREAMS} streams at 50 events/s, added p99"
     return Row("event_p99_ms", label, added, "ms", "≤ 20 ms", note)
+
+
+def freed(tell: Callable[[str], None], path: Nodes, window: str, count: int) -> Row:
+    """Return how soon the engine's connection is closed once a client has left."""
+    where = WINDOWS[window]
+    tell(f"{count} clients leave {where}")
+    took = client("leave", window, count, path.engine, path.entry)
+    note = f"p50 {took['p50_ms']:.1f} ms, longest {took['max_ms']:.1f} ms of {count}"
+    label = f"engine freed when its client leaves {where}, p99"
+    return Row(f"freed_{window}_p99_ms", label, took["p99_ms"], "ms", "≤ 100 ms", note)
 
 
 def first_token(tell: Callable[[str], None]) -> Row:

@@ -6,6 +6,8 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from statistics import median
 
 import anthropic
 import ollama
@@ -146,8 +148,8 @@ def test_the_clients_of_anthropic_and_ollama_work_unchanged(entry: Node) -> None
         list(client.chat(model="cut", messages=SAID, stream=True))
 
 
-def leave(entry: Node, *, streamed: bool, until: bytes) -> None:
-    """Ask for a long answer, and go away once ``until`` came (nothing: at once)."""
+def leave(entry: Node, *, streamed: bool, when: Callable[[bytes], bool]) -> float:
+    """Ask for a long answer, go away once ``when`` says so of what came; return the time then."""
     body = json.dumps({"model": "demo-model", "messages": SAID, "stream": streamed}).encode()
     with socket.create_connection(entry.proxy, timeout=20) as client:
         client.sendall(
@@ -155,28 +157,55 @@ def leave(entry: Node, *, streamed: bool, until: bytes) -> None:
             b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
         )
         received = b""
-        while until not in received:
-            received += client.recv(65536)
-        if not until:
-            time.sleep(0.3)  # the request is to reach the engine first
+        client.settimeout(0.01)
+
+        def is_time() -> bool:
+            nonlocal received
+            with suppress(TimeoutError):
+                received += client.recv(65536)
+            return when(received)
+
+        eventually(is_time, within=20, every=0.001)
+        return time.monotonic()
 
 
-@pytest.mark.parametrize(
-    ("streamed", "until"),
-    [(False, b""), (True, b"HTTP/1.1 200"), (True, b"content")],
-    ids=["before headers", "behind headers", "in mid-stream"],
-)
-def test_a_client_that_leaves_stops_the_engine(
-    cluster: Cluster, streamed: bool, until: bytes
-) -> None:
-    engine = cluster.engine("slow", "--tokens", "2000", "--tokens-per-second", "50")
+def test_a_client_that_leaves_stops_the_engine_in_every_window(cluster: Cluster) -> None:
+    pace = ("--tokens", "2000", "--tokens-per-second", "50", "--first-token-delay", "0.5")
+    engine = cluster.engine("slow", *pace)
     host = cluster.node("host", "--expose", f"llm={engine.address}")
     entry = cluster.entry(host)
-    eventually(lambda: "host" in entry.online(), within=15)
-    eventually(lambda: entry.peers()[1]["services"], within=15)
-    leave(entry, streamed=streamed, until=until)
-    stats = eventually(lambda: (now := engine.stats())["cancelled"] and now, within=5, every=0.01)
-    assert (stats["cancelled"], stats["in_flight"], stats["served"]) == (1, 0, 0)
+    eventually(lambda: any(row["services"] for row in entry.peers()), within=15)
+    generated = 0  # tokens before the request
+
+    def is_asked(received: bytes) -> bool:
+        assert received == b""
+        return engine.stats()["in_flight"] == 1
+
+    def is_generating(received: bytes) -> bool:
+        assert received == b"", "an answer that is no stream comes whole"
+        return engine.stats()["tokens"] > generated + 5
+
+    windows = {
+        "before the answer's head": (True, is_asked),
+        "in mid-stream": (True, lambda received: received.count(b"data: ") > 3),
+        "in an answer that is no stream": (False, is_generating),
+    }
+    cancelled = 0
+    for window, (streamed, when) in windows.items():
+        taken = []
+        for _ in range(3):
+            generated = engine.stats()["tokens"]
+            left_at = leave(entry, streamed=streamed, when=when)
+            cancelled += 1
+            stats = eventually(
+                lambda: (now := engine.stats())["cancelled"] == cancelled and now,  # noqa: B023
+                within=5,
+                every=0.005,
+            )
+            taken.append(time.monotonic() - left_at)
+            assert (stats["in_flight"], stats["served"]) == (0, 0)
+        # The limit is 0.1 s, which scripts/bench gateway measures; this machine may be busy.
+        assert median(taken) < 1, (window, taken)
     eventually(lambda: all(row["in_flight"] == 0 for row in entry.peers()), within=10)
 
 
