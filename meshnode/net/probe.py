@@ -144,24 +144,19 @@ class Probe:
         # It wants a key that only clients have: it is well, and its models stay unknown.
         if answer.status in (401, 403):
             return EngineView(check)
-        return EngineView(check, parse_openai_models(_good(answer, "/v1/models")))
+        return EngineView(check, _listed(_good(answer, "/v1/models")))
 
     async def _vllm(self, check: HealthCheck) -> EngineView:
         _good(await self._get("/health"), "/health")
         view = await self._openai(check)
-        # What vLLM serves it has loaded.
-        catalogue = _with_loaded(view.catalogue, view.catalogue.models)
-        return EngineView(check, catalogue, await self._gauges(_VLLM_LOAD))
+        return EngineView(check, view.catalogue, await self._gauges(_VLLM_LOAD))
 
     async def _llamacpp(self, check: HealthCheck) -> EngineView:
         _good(await self._get("/health"), "/health")
         answer = await self._get("/v1/models")
         if answer.status in (401, 403):
             return EngineView(check, load=await self._llamacpp_load())
-        body = _good(answer, "/v1/models")
-        catalogue = parse_openai_models(body)
-        if not has_status(body):  # without its router it has one model, in memory
-            catalogue = _with_loaded(catalogue, catalogue.models)
+        catalogue = _listed(_good(answer, "/v1/models"))
         return EngineView(check, catalogue, await self._llamacpp_load())
 
     async def _llamacpp_load(self) -> int | None:
@@ -192,6 +187,16 @@ def _by_models(body: bytes) -> HealthCheck | None:
     if "vllm" in owners:
         return HealthCheck("vllm")
     return HealthCheck("llamacpp" if "llamacpp" in owners else "openai")
+
+
+def _listed(body: bytes) -> Catalogue:
+    """Return the models of ``GET /v1/models``; loaded are all, unless it tells which.
+
+    Most of those who don't tell (vLLM, TGI, llama.cpp without its router) load what they serve
+    when they start. To take the others for cold would send everything past them.
+    """
+    catalogue = parse_openai_models(body)
+    return catalogue if has_status(body) else _with_loaded(catalogue, catalogue.models)
 
 
 def _with_loaded(catalogue: Catalogue, loaded: tuple[str, ...]) -> Catalogue:

@@ -16,6 +16,14 @@ from meshnode.values import AUTO, HealthCheck, HostPort
 from support.pages import LLAMACPP, LOCALAI, OLLAMA, VLLM, serve_pages
 
 LIMIT = 15.0
+SOME_WARM = {
+    "/v1/models": {
+        "data": [
+            {"id": "warm", "status": {"value": "loaded"}},
+            {"id": "cold", "status": {"value": "unloaded"}},
+        ]
+    }
+}
 
 
 @pytest.fixture
@@ -36,7 +44,8 @@ def engine(nursery):
             ("b:8b",),
             None,
         ),
-        (LOCALAI, "openai", ("hermes",), (), None),
+        (LOCALAI, "openai", ("hermes",), ("hermes",), None),
+        (SOME_WARM, "openai", ("warm", "cold"), ("warm",), None),
         ({"/health": b"fine"}, "http:/health", (), (), None),
         ({}, "tcp", (), (), None),
         ({"/v1/models": (401, b"no key")}, "tcp", (), (), None),

@@ -65,6 +65,39 @@ async def test_a_request_goes_to_who_has_its_model(models, model, name):
             assert (await exchange(models, asks_for(model, path))).endswith(name)
 
 
+async def test_an_engine_that_does_not_tell_what_is_loaded_loses_to_none_that_does(mesh):
+    def ollama(name: str, *loaded: str):
+        pages = {"/api/tags": ["m", "cold"], "/api/ps": loaded, "/v1/models": ["m", "cold"]}
+
+        async def serve(connection):
+            while (request := await connection.request()) is not None:
+                path = request[0].split()[1].decode()
+                names = pages.get(path, ())
+                key = "data" if path == "/v1/models" else "models"
+                body = json.dumps({key: [{"id": n, "name": n} for n in names]}).encode()
+                body = body if path in pages else name.encode()
+                await connection.send(
+                    b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+                )
+
+        return serve
+
+    with trio.fail_after(LIMIT):
+        await mesh.open()
+        await mesh.served_by(ollama("tells", "m"), "tells", vram=5, check=AUTO)
+        await mesh.served_by(having("silent", "m", "cold"), "silent", vram=9, check=AUTO)
+
+        def known():
+            online = mesh.front.ledger.online(trio.current_time())
+            return sorted(s.loaded for entry in online for s in entry.node.services)
+
+        await until(lambda: known() == [("m",), ("m", "cold")])
+        # Both count as having it loaded, so that free memory decides.
+        assert (await exchange(mesh, asks_for("m"))).endswith(b"silent")
+        reason = b"x-meshnode-reason: "
+        assert reason + b"loaded" in await exchange(mesh, asks_for("cold", "/v1/embeddings"))
+
+
 async def test_a_model_that_nobody_has_is_a_404_that_names_near_ones(models):
     with trio.fail_after(LIMIT):
         error = json_of(await exchange(models, chat()))["error"]
