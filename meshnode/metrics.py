@@ -80,7 +80,8 @@ class Metrics:
         )
         self.tunnel_open_seconds = Histogram(
             "meshnode_tunnel_open_seconds",
-            "From accepting a client to a tunnel that carries it, failed peers included",
+            "Until a new tunnel is accepted: in TCP mode from accepting its client, failed peers"
+            " included; else from its opening, and requests over tunnels that were kept count none",
             buckets=_OPEN_BUCKETS,
             registry=registry,
         )

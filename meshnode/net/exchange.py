@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Generic, Protocol, TypeVar
 
@@ -104,17 +105,36 @@ class Kept(Generic[KeptT]):
 
 
 class TunnelExchange:
-    """A request over a tunnel to a peer."""
+    """A request over a tunnel to a peer.
 
-    def __init__(self, tunnel: TunnelStream, key: Key, kept: Kept[TunnelStream]) -> None:
+    Args:
+        on_accepted: told once the peer has accepted the request; for a tunnel's first one.
+    """
+
+    def __init__(
+        self,
+        tunnel: TunnelStream,
+        key: Key,
+        kept: Kept[TunnelStream],
+        *,
+        on_accepted: Callable[[], None] | None = None,
+    ) -> None:
         self._tunnel = tunnel
         self._key = key
         self._kept = kept
         self._over = False
-        self.wait_accepted = tunnel.wait_accepted
+        self._on_accepted = on_accepted
+        # A call less for each request but the first.
+        self.wait_accepted = tunnel.wait_accepted if on_accepted is None else self._wait_first
         self.receive_some = tunnel.receive_some
         self.send_all = tunnel.send_all
         self.send_eof = tunnel.send_eof
+
+    async def _wait_first(self) -> None:
+        await self._tunnel.wait_accepted()
+        if self._on_accepted is not None:
+            self._on_accepted()
+            self._on_accepted = None
 
     async def finish(self) -> None:
         self._over = True

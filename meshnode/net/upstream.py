@@ -126,10 +126,12 @@ class Upstreams:
             with suppress(MeshError):
                 await self._ask(tunnel, lease, first, fresh=fresh)
                 return TunnelExchange(tunnel, key, self._tunnels)
+        began_at = trio.current_time()
         with self.failures(lease), trio.fail_after(OPEN_TIMEOUT):
             tunnel = await self._open_tunnel(lease)
             await self._ask(tunnel, lease, first, fresh=fresh)
-        return TunnelExchange(tunnel, key, self._tunnels)
+        opened = partial(self._note_opened, began_at)
+        return TunnelExchange(tunnel, key, self._tunnels, on_accepted=opened)
 
     @contextmanager
     def failures(self, lease: Lease, *, is_untouched: bool = True) -> Iterator[None]:
@@ -176,6 +178,9 @@ class Upstreams:
         except BaseException:
             tunnel.reset()
             raise
+
+    def _note_opened(self, began_at: float) -> None:
+        self._metrics.tunnel_open_seconds.observe(trio.current_time() - began_at)
 
     def _take_numbers(self, peer_id: str, service_id: str, reply: TunnelReply) -> None:
         self._router.report(

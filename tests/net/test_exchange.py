@@ -97,6 +97,7 @@ async def begin(node, lease, text, **options):
 async def ask(node, text, **options):
     with lease_of(node) as lease:
         exchange = await begin(node, lease, text, **options)
+        await exchange.wait_accepted()
         answer = await exchange.receive_some()
         await exchange.finish()
         return answer.decode()
@@ -110,6 +111,8 @@ async def test_a_hundred_requests_need_one_tunnel_and_one_connection(pair, backe
         assert backend.connections == 1
         await wait_until(lambda: peer.services.total_in_flight == 0, within=5)
         assert len(front.upstreams._tunnels) == 1
+        opened = front.metrics.registry.get_sample_value("meshnode_tunnel_open_seconds_count")
+        assert opened == 1, "the requests over a tunnel that was kept open none"
 
 
 async def test_a_quiet_tunnel_is_no_load_and_an_open_request_is(pair, backend, wait_until):
