@@ -1,7 +1,8 @@
-"""Asking peers in turn until one answers; nothing of it reaches the client before.
+"""Asking peers in turn until one answers; nothing final reaches the client before.
 
 The law here: a request is sent again only where nobody can have served it, or where being served
-twice does no harm. A refusal says for certain that no engine has seen a byte of it.
+twice does no harm. A refusal says for certain that no engine has seen a byte of it. Interim
+answers (1xx) are passed on at once: they promise nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from meshnode.errors import MeshError, NoCandidate
 from meshnode.http.gateway.asked import Asked, Upload
 from meshnode.http.gateway.bodies import Body, BodyError, ChunkedBody, EofBody, LengthBody
 from meshnode.http.gateway.client import Client, ClientGone
+from meshnode.http.gateway.headers import interim_for_client
 from meshnode.http.gateway.heads import (
     MAX_HEAD_BYTES,
     BadRequest,
@@ -40,6 +42,9 @@ _NO_MODEL = re.compile(
 )
 _MAX_REFUSAL_BYTES = 16 * 1024  # of a 404 that is looked at
 _REFUSAL_TIMEOUT = 2.0  # seconds for it to come
+# Interim answers (1xx) before the answer itself: servers that give hints send one or two, and one
+# that says "still at it" every few seconds has said enough.
+MAX_INTERIM = 32
 
 log = structlog.get_logger(__name__)
 
@@ -254,6 +259,7 @@ class Attempts:
 
     async def _read_head(self, exchange: Exchange) -> tuple[ResponseHead, Body, bytes]:
         data = b""
+        interim = 0
         while True:
             end = data.find(b"\r\n\r\n")
             if end < 0:
@@ -273,15 +279,31 @@ class Attempts:
             except BadResponse as exc:
                 raise _bad_answer(str(exc)) from exc
             data = data[end + 4 :]
-            if head.status >= 200 or head.status == 101:
+            if head.status >= 200:
                 break
-            # 100 was said here already, to a client that asked; 102 and 103 are only hints.
+            if head.status == 101:
+                if self._asked.head.upgrade is None:
+                    raise _bad_answer("it changes the protocol, which nobody asked for")
+                break
+            interim += 1
+            if interim > MAX_INTERIM:
+                raise _bad_answer(f"more than {MAX_INTERIM} interim answers")
+            await self._pass_interim(head)
         body = _framing(head, self._asked.head.method)
         try:
             first = body.feed(data) if data else b""
         except BodyError as exc:
             raise _bad_answer(str(exc)) from exc
         return head, body, first
+
+    async def _pass_interim(self, head: ResponseHead) -> None:
+        """Pass a 1xx on (RFC 9110, section 15.2); it is no beginning of an answer.
+
+        Another peer may still be asked: a client reads any number of them before the final one.
+        Not 100, which was said here to a client that asked; HTTP/1.0 knows none.
+        """
+        if head.status != 100 and self._asked.head.minor == 1:
+            await self._client.send(interim_for_client(head))
 
     async def _read_first(self, exchange: Exchange, body: Body) -> bytes:
         """Return the first payload, or nothing where there is none.

@@ -135,6 +135,16 @@ def answer_for_client(
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
+def interim_for_client(head: ResponseHead) -> bytes:
+    """Return a 1xx as the client gets it, its empty line included; it has no body."""
+    reason = head.reason or reason_of(head.status).encode()
+    lines = [
+        b"HTTP/1.1 %d %b" % (head.status, reason),
+        *_passing(head.fields, _OF_THE_ANSWER, head.connection),
+    ]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
 def _passing(
     fields: tuple[Field, ...], stopping: frozenset[bytes], connection: frozenset[bytes]
 ) -> list[bytes]:

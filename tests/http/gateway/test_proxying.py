@@ -180,22 +180,6 @@ async def test_answers_without_a_body_end_with_their_head(mesh, request_, status
         assert engine.connections == 1
 
 
-async def test_a_hint_before_the_answer_is_no_answer(mesh):
-    async def serve(connection):
-        while await connection.request() is not None:
-            await connection.send(
-                b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"
-                b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-            )
-
-    with trio.fail_after(LIMIT):
-        await mesh.open()
-        await mesh.served_by(serve)
-        answer = await exchange(mesh, get())
-        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
-        assert body_of(answer) == b"ok"
-
-
 @pytest.mark.parametrize("target", ["/v1/chat/completions", "/v1/files"])
 async def test_a_body_in_chunks_reaches_the_engine_whole(mesh, target):
     with trio.fail_after(LIMIT):
