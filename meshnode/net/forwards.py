@@ -7,7 +7,7 @@ worker that comes back is found where it was. It accepts only while the peer can
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -48,6 +48,17 @@ class _Open:
     accepting: trio.CancelScope
 
 
+@dataclass(slots=True)
+class _Followed:
+    """One service while it is followed."""
+
+    service_id: str
+    opened: dict[str, _Open] = field(default_factory=dict)
+    # By peer ID, also of those that are away; at most MAX_PORTS.
+    ports: dict[str, int] = field(default_factory=dict)
+    is_full: bool = False  # more peers offer it than ports are opened
+
+
 # Told the ports that are open now, in the order of the peers' names.
 Tell = Callable[[Sequence[Forward]], Awaitable[None]]
 
@@ -75,30 +86,26 @@ class Forwards:
         Args:
             tell: told at once, at every change, and every ``repeat`` seconds.
         """
-        opened: dict[str, _Open] = {}
-        ports: dict[str, int] = {}  # also of those that are away, at most MAX_PORTS
+        followed = _Followed(service_id)
         told_at = float("-inf")
         async with trio.open_nursery() as nursery:
             try:
                 while True:
-                    changed = await self._keep(service_id, opened, ports, nursery)
+                    changed = await self._keep(followed, nursery)
                     if changed or trio.current_time() - told_at >= repeat:
                         told_at = trio.current_time()
-                        await tell(_sorted(opened))
+                        await tell(_sorted(followed.opened))
                     await trio.sleep(_LOOK_INTERVAL)
             finally:
-                for each in opened.values():
+                for each in followed.opened.values():
                     self._forget(service_id, each)
 
-    async def _keep(
-        self,
-        service_id: str,
-        opened: dict[str, _Open],
-        ports: dict[str, int],
-        nursery: trio.Nursery,
-    ) -> bool:
+    async def _keep(self, followed: _Followed, nursery: trio.Nursery) -> bool:
         """Open and close what changed since the last look; say whether anything did."""
-        wanted = self._wanted(service_id)
+        service_id, opened, ports = followed.service_id, followed.opened, followed.ports
+        offering = self._offering(service_id)
+        # The same ones each time, where there are more than ports.
+        wanted = dict(sorted(offering.items())[:MAX_PORTS])
         gone = [peer_id for peer_id in opened if peer_id not in wanted]
         for peer_id in gone:
             closing = opened.pop(peer_id)
@@ -117,19 +124,20 @@ class Forwards:
             opened[peer_id] = _Open(forward, scope)
             self._addresses.setdefault((service_id, peer_id), []).append(forward.address)
             log.info("forward_opened", peer_id=peer_id, service=service_id, address=forward.address)
-        if len(fresh) > MAX_PORTS - len(opened) and fresh[MAX_PORTS:]:
-            log.warning("forwards_full", service=service_id, peers=len(wanted), limit=MAX_PORTS)
+        is_full = len(offering) > MAX_PORTS
+        if is_full and not followed.is_full:
+            log.warning("forwards_full", service=service_id, peers=len(offering), limit=MAX_PORTS)
+        followed.is_full = is_full
         return bool(gone or fresh)
 
-    def _wanted(self, service_id: str) -> dict[str, str]:
+    def _offering(self, service_id: str) -> dict[str, str]:
         """Return the names of those that offer the service, by peer ID."""
         found: dict[str, str] = {}
         for entry in self._ledger.offering(service_id, trio.current_time()):
             service = entry.node.service(service_id)
             if entry.node.state == "up" and service is not None and service.healthy:
                 found[entry.peer_id] = entry.node.name
-        # The same ones each time, where there are more than ports.
-        return dict(sorted(found.items())[:MAX_PORTS])
+        return found
 
     def _forget(self, service_id: str, closed: _Open) -> None:
         key = (service_id, closed.forward.peer_id)
