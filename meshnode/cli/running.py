@@ -45,7 +45,7 @@ def run_node_here(config: Config, read_again: Callable[[], Config]) -> int:
     set_up_logs(config.log_level, config.log_format)
     raise_file_limit()
     for warning in config.warnings:
-        _log.warning("check the settings", warning=warning)
+        _log.warning("setting_doubtful", warning=warning)
 
     from meshnode.node import run_node
 

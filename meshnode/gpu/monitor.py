@@ -141,16 +141,14 @@ class GpuMonitor:
             return
         slot.logged = state
         for error in {error.code: error for error in errors}.values():
-            log = _log.info if error.code in ABSENT else _log.warning
-            log(
-                "gpu memory can't be read",
-                source=slot.reader.source,
-                code=error.code,
-                error=str(error),
-            )
+            source, code = slot.reader.source, error.code
+            if code in ABSENT:
+                _log.info("gpu_memory_not_read", source=source, code=code, error=str(error))
+            else:
+                _log.warning("gpu_memory_not_read", source=source, code=code, error=str(error))
         if memory is not None:
             _log.info(
-                "gpu memory read",
+                "gpu_memory_read",
                 source=slot.reader.source,
                 available_vram=memory.available,
                 total_vram=memory.total,

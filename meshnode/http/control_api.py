@@ -230,5 +230,5 @@ async def _on_mesh_error(request: Request, exc: Exception) -> Response:
 
 
 async def _on_bug(request: Request, exc: Exception) -> Response:
-    _log.error("control API failed", path=request.url.path, error=repr(exc))
+    _log.error("control_api_failed", path=request.url.path, error=repr(exc))
     return error_response(500, "internal_error", "the node failed to answer; its log says why")

@@ -171,7 +171,7 @@ class _Server:
 
     async def _serve_connection(self, stream: trio.SocketStream) -> None:
         if len(self._streams) >= MAX_CONNECTIONS:
-            _log.warning("control API is full", connections=len(self._streams))
+            _log.warning("control_api_full", connections=len(self._streams))
             await trio.aclose_forcefully(stream)
             return
         self._streams.add(stream)
@@ -196,7 +196,7 @@ class _Server:
                 _BoundedStream(stream),  # type: ignore[arg-type]
             )
         except Exception as exc:  # noqa: BLE001
-            _log.error("control API connection failed", error=repr(exc))
+            _log.error("control_api_connection_failed", error=repr(exc))
 
     async def _end(self, connections: trio.CancelScope) -> None:
         await self._context.terminated.set()  # idle connections close by themselves

@@ -76,13 +76,24 @@ class Drain:
         self._services.draining = True
         self._announcer.drain()
         begun = trio.current_time()
-        log.info("node_draining", grace_s=self.grace, **self._counts())
+        running = self.running
+        log.info(
+            "node_draining",
+            grace_s=self.grace,
+            served_here=running.served_here,
+            sent_elsewhere=running.sent_elsewhere,
+        )
         if not await self._wait_idle(begun + self.grace * _CLIENTS_PART):
             self._close_entry()
             await self._wait_idle(begun + self.grace)
         took = round(trio.current_time() - begun, 3)
-        if self.running:
-            log.warning("drain_cut_short", duration_s=took, **self._counts())
+        if running := self.running:
+            log.warning(
+                "drain_cut_short",
+                duration_s=took,
+                served_here=running.served_here,
+                sent_elsewhere=running.sent_elsewhere,
+            )
         else:
             log.info("node_drained", duration_s=took)
 
@@ -92,7 +103,3 @@ class Drain:
                 return False
             await trio.sleep(_LOOK_INTERVAL)
         return True
-
-    def _counts(self) -> dict[str, int]:
-        running = self.running
-        return {"served_here": running.served_here, "sent_elsewhere": running.sent_elsewhere}

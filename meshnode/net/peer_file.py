@@ -100,7 +100,7 @@ class PeerFile:
                 "peers_not_saved",
                 path=str(self._path),
                 error=error,
-                hint="the node goes on; after a restart it needs a bootstrap to find its mesh",
+                advice="the node goes on; after a restart it needs a bootstrap to find its mesh",
             )
         elif error is None and self._is_failing:
             log.info("peers_saved_again", path=str(self._path))

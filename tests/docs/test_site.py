@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import html
 import re
 import subprocess
@@ -95,54 +94,3 @@ def test_the_tests_directions_are_not_shown(site: Path) -> None:
     for page in site.rglob("*.html"):
         assert "<!-- not run" not in page.read_text()
         assert "<!-- on " not in page.read_text()
-
-
-LEVELS = ("debug", "info", "warning", "error", "exception")
-
-
-def _levels_in(node: ast.AST) -> set[str]:
-    """The levels of a logger's methods named below ``node``."""
-    return {
-        "error" if inner.attr == "exception" else inner.attr
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.Attribute)
-        and inner.attr in LEVELS
-        and ast.unparse(inner.value).rpartition(".")[2].lstrip("_") == "log"
-    }
-
-
-def logged_events() -> dict[str, set[str]]:
-    """Every event that the source logs, with its levels; an exception is an error."""
-    events: dict[str, set[str]] = {}
-    for path in (ROOT / "meshnode").rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        # A method that was chosen before it is called: log = _log.info if … else _log.warning
-        chosen = {
-            target.id: _levels_in(node.value)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name) and _levels_in(node.value)
-        }
-        for call in ast.walk(tree):
-            if not isinstance(call, ast.Call):
-                continue
-            if isinstance(call.func, ast.Name):
-                levels = chosen.get(call.func.id, set())
-            else:
-                levels = _levels_in(call.func) if isinstance(call.func, ast.Attribute) else set()
-            if levels:
-                assert call.args and isinstance(call.args[0], ast.Constant), (
-                    f"{path}:{call.lineno} logs an event that is no constant"
-                )
-                events.setdefault(str(call.args[0].value), set()).update(levels)
-    return events
-
-
-def test_every_log_event_is_described_with_its_level_and_no_other() -> None:
-    page = (ROOT / "docs/log-events.md").read_text()
-    rows = re.findall(r"^\| `([^`]+)` \| ([a-z, ]+) \| (.+) \|$", page, re.M)
-    described = {event: set(levels.split(", ")) for event, levels, _ in rows}
-    assert len(rows) == len(described), "an event stands there twice"
-    assert described == logged_events()
-    assert all(len(meaning.split()) >= 4 for _, _, meaning in rows)

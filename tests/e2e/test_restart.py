@@ -84,7 +84,7 @@ def test_a_state_folder_that_takes_no_file_is_a_warning_and_the_node_goes_on(
         lambda: [line for line in node.log() if line["event"] == "peers_not_saved"], within=15
     )
     assert said[0]["level"] == "warning"
-    assert "bootstrap" in said[0]["hint"]
+    assert "bootstrap" in said[0]["advice"]
 
 
 @pytest.mark.parametrize("clock_offset", [0.0, -3600.0])

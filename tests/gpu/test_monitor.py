@@ -143,10 +143,10 @@ async def test_an_error_is_counted_each_time_and_logged_once_per_change() -> Non
             reader.says = says
             await w.round()
     assert [(line["event"], line.get("code")) for line in logs] == [
-        ("gpu memory read", None),
-        ("gpu memory can't be read", "gpu_is_lost"),
-        ("gpu memory can't be read", "timeout"),
-        ("gpu memory read", None),
+        ("gpu_memory_read", None),
+        ("gpu_memory_not_read", "gpu_is_lost"),
+        ("gpu_memory_not_read", "timeout"),
+        ("gpu_memory_read", None),
     ]
     assert (w.count("gpu_is_lost"), w.count("timeout")) == (2, 1)
 
@@ -181,7 +181,7 @@ async def test_one_failing_device_is_logged_and_counted_while_the_others_serve()
         await w.round()
         await w.round()
     assert w.monitor.latest == GpuMemory(7, 8, 1)
-    assert [line["event"] for line in logs] == ["gpu memory can't be read", "gpu memory read"]
+    assert [line["event"] for line in logs] == ["gpu_memory_not_read", "gpu_memory_read"]
     assert w.count("gpu_is_lost") == 2
 
 

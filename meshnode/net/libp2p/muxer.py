@@ -301,7 +301,7 @@ class YamuxConn(IMuxedConn):
             scope.deadline = min(scope.deadline, deadline)
 
     def _blame_peer(self, fault: WireError) -> None:
-        _log.warning("yamux fault", peer_id=str(self.peer_id), code=fault.code, error=str(fault))
+        _log.warning("yamux_fault", peer_id=str(self.peer_id), code=fault.code, error=str(fault))
         if self._metrics is not None:
             self._metrics.protocol_faults.labels(protocol="yamux", code=fault.code).inc()
         self._begin_to_close(str(fault), GO_AWAY_PROTOCOL_ERROR, 0.0)
@@ -327,7 +327,7 @@ class YamuxConn(IMuxedConn):
             try:
                 await self.secured_conn.close()
             except (BaseLibp2pError, OSError, trio.BrokenResourceError) as exc:
-                _log.debug("closing a connection failed", error=str(exc))
+                _log.debug("connection_not_closed", error=str(exc))
         self.event_closed.set()
         self.event_started.set()
         if self.on_close is not None:

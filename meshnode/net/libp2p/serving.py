@@ -131,7 +131,7 @@ class Serving:
         except ForeignError as exc:
             muxed.abort()
             log.warning(
-                "stream handler failed",
+                "stream_handler_failed",
                 protocol_id=protocol_id,
                 peer_id=conn.peer_id,
                 error=str(exc),

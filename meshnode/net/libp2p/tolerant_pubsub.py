@@ -166,7 +166,7 @@ class TolerantPubsub(Pubsub):
         self._count(code)
         if code not in self._complained:
             self._complained.add(code)
-            _log.warning("pubsub failed over a peer's bytes", code=code, error=repr(exc))
+            _log.warning("pubsub_failed", code=code, error=repr(exc))
 
     def _count(self, code: str) -> None:
         self._metrics.protocol_faults.labels(protocol="pubsub", code=code).inc()

@@ -338,7 +338,7 @@ async def test_a_handler_that_raises_resets_its_stream_and_harms_nothing_else(
                 await stream.receive_some()
             assert await ask(two, one.peer_id, b"alive") == b"alive"
     assert one.faults("/test/fail/1.0.0") == 1
-    assert [entry["event"] for entry in logged] == ["stream handler failed"]
+    assert [entry["event"] for entry in logged] == ["stream_handler_failed"]
     assert "a bug in a handler" in logged[0]["error"]
 
 
