@@ -79,6 +79,7 @@ class Outcome:
     unexplained: Counter[str] = field(default_factory=Counter)
     samples: list[str] = field(default_factory=list)  # of what is unexplained
     explained: Counter[str] = field(default_factory=Counter)
+    at_the_start: Counter[str] = field(default_factory=Counter)  # warnings before the churn
     memory: list[tuple[float, list[float]]] = field(default_factory=list)  # minutes, MiB of each
     files: list[tuple[float, list[int]]] = field(default_factory=list)  # minutes, descriptors
     right_after_churn: float | None = None  # seconds
@@ -258,11 +259,13 @@ class Soak:
             self.note_unexplained("not a log line", host, line)
             return
         event, level = said.get("event", ""), said.get("level", "")
-        # While all start at once on few cores, they are as late as they are.
         if event == "peer_offline" and self.began:
             self.judge_eviction(host, str(said.get("peer_id")), str(said.get("reason")))
         if level in ("warning", "error", "critical"):
-            if event in EXPLAINED:
+            # While all start at once on few cores, they are as late as they are.
+            if not self.began and level == "warning":
+                self.outcome.at_the_start[event] += 1
+            elif event in EXPLAINED:
                 self.outcome.explained[event] += 1
             else:
                 self.note_unexplained(f"{level} {event}", host, line)
@@ -346,6 +349,7 @@ def report(soak: Soak) -> dict[str, Any]:
         "unexplained": dict(made.unexplained),
         "unexplained_samples": made.samples,
         "explained": dict(made.explained),
+        "warnings_at_the_start": dict(made.at_the_start),
         "memory_mib": [
             {"minute": round(minute, 1), "median": round(median(of), 1), "max": round(max(of), 1)}
             for minute, of in made.memory
@@ -371,6 +375,7 @@ def show(told: dict[str, Any]) -> None:
     print(f"  false evictions   {len(told['false_evictions'])}")
     print(f"  log, unexplained  {told['unexplained'] or 'nothing'}")
     print(f"  log, explained    {told['explained'] or 'nothing'}")
+    print(f"  log, at the start {told['warnings_at_the_start'] or 'nothing'}")
     print("  memory of those left alone, MiB (median, most):")
     rows = told["memory_mib"]
     for row in rows[:: max(1, len(rows) // 10)]:

@@ -246,8 +246,9 @@ class Liveness:
             if silence is not None and seems_to_be_us(self._last_heard(), silence.since):
                 silence = await self._suspect_ourselves_first(peer_id, silence)
             if silence is not None:
-                await self._mesh.disconnect(peer_id, "no answer to a ping")
+                # First, as a goodbye on a dead link takes its time.
                 self._lose(peer_id, "ping_timeout", silence.error)
+                await self._mesh.disconnect(peer_id, "no answer to a ping")
         finally:
             self._probed.discard(peer_id)
 

@@ -98,6 +98,23 @@ async def test_a_question_that_was_open_while_this_node_stood_still_is_asked_aga
         assert node.counted("ejections_total", reason="ping_timeout") == 0
 
 
+async def test_a_dead_peer_is_out_before_its_link_has_been_closed(
+    trio_of_nodes, network, monkeypatch, autojump_clock
+):
+    """What was still to be sent, and a goodbye, wait a while on a link that takes nothing."""
+    a, b, _ = trio_of_nodes
+    close = a.mesh.disconnect
+
+    async def close_slowly(peer_id, reason):
+        await trio.sleep(2)
+        await close(peer_id, reason)
+
+    monkeypatch.setattr(a.mesh, "disconnect", close_slowly)
+    network.cut(a.mesh, b.mesh)
+    await trio.sleep(5)
+    assert state_of(a, b)[0] == "offline"
+
+
 async def test_a_stall_longer_than_the_window_evicts_nobody(trio_of_nodes, autojump_clock):
     a, b, c = trio_of_nodes
     autojump_clock.jump(300)

@@ -75,8 +75,9 @@ class Asked:
 class Client:
     """The official client at one entry point; a request that fails is seen to fail."""
 
-    def __init__(self, entry: Node) -> None:
+    def __init__(self, entry: Node, *, model: str = "demo-model") -> None:
         self._entry = entry
+        self._model = model
 
     def open(self) -> openai.OpenAI:
         return openai.OpenAI(
@@ -90,7 +91,7 @@ class Client:
             with (
                 self.open() as client,
                 client.chat.completions.create(
-                    model="demo-model",
+                    model=self._model,
                     messages=[{"role": "user", "content": text}],
                     max_tokens=max_tokens,
                     stream=True,
@@ -105,7 +106,7 @@ class Client:
         """Begin a long answer; closes with its block."""
         client = self.open()
         return client.chat.completions.create(
-            model="demo-model",
+            model=self._model,
             messages=[{"role": "user", "content": text}],
             max_tokens=max_tokens,
             stream=True,
