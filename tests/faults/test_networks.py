@@ -48,6 +48,10 @@ def start(cluster: Cluster, lan: Lan, count: int) -> tuple[list[str], list[Node]
     return spaces, nodes
 
 
+def _is_linked_to_all(node: Node) -> bool:
+    return all(row["connected"] for row in node.peers())
+
+
 def _addr(node: Node) -> str:
     return next(addr for addr in node.ready["addrs"] if addr.startswith("/ip4/10.77."))
 
@@ -84,6 +88,8 @@ def test_a_partition_of_a_minute_that_heals(cluster: Cluster, lan: Lan, figures:
 
 def test_a_link_that_falls_silent(cluster: Cluster, lan: Lan, figures: Figures) -> None:
     spaces, nodes = start(cluster, lan, 3)
+    # Whoever has no link to it yet is told of its loss, and looks for it: two seconds more.
+    eventually(lambda: all(_is_linked_to_all(node) for node in nodes), within=20)
     lan.unplug(spaces[2])
     silent_at = monotonic()
     with ThreadPoolExecutor(1) as pool:
