@@ -25,7 +25,8 @@ def doctor(
     """Check token, clock, ports, mDNS, bootstraps, GPUs, services, file limit, state folder.
 
     Takes the flags of meshnode up, and looks at what a node with these settings would need. It
-    may be run beside the node, and changes nothing. Ends with 1 if something fails.
+    may be run beside the node, and changes nothing; without a token it asks the node that runs
+    here about itself. Ends with 1 if something fails.
     """
     findings: list[Finding] = []
     for finding in _findings(context.args):

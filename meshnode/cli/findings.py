@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import trio
 
@@ -27,7 +27,7 @@ from meshnode.errors import (
     PeerUnreachable,
     TokenRefused,
 )
-from meshnode.values import HostPort
+from meshnode.values import HostPort, format_size
 
 Verdict = Literal["ok", "warning", "failed", "skipped"]
 
@@ -52,12 +52,18 @@ class Finding:
 
 
 def examine(settings: Config) -> Iterator[Finding]:
-    """Look at everything, one thing after another, with what ``meshnode up`` would run with."""
+    """Look at everything, one thing after another, with what ``meshnode up`` would run with.
+
+    Where no token is named and a node runs here, that node's own word counts instead.
+    """
+    status = _ask_running(settings)
+    if status and not settings.token_texts and not settings.open:
+        yield from look_at_running(settings, status)
+        return
     yield _settings(settings)
     yield _token(settings)
     yield look_at_clock(time.time())
-    running = _running_addrs(settings)
-    yield from _ports(settings, running)
+    yield from _ports(settings, None if status is None else _addrs_of(settings, status))
     yield _mdns(settings)
     yield from _bootstraps(settings)
     yield from _gpus(settings)
@@ -105,20 +111,75 @@ def look_at_clock(now: float) -> Finding:
     return Finding("clock", "ok", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)))
 
 
+# A node that runs
+
+
+def look_at_running(settings: Config, status: dict[str, Any]) -> Iterator[Finding]:
+    """Look at the machine, and take the running node's word for the rest.
+
+    Args:
+        status: what its ``/api/status`` says.
+    """
+    yield Finding(
+        "settings", "skipped", "the running node's; to look at others, give the flags of up"
+    )
+    yield Finding("token", "ok", f"network {status['network']}, {status['fingerprint']}")
+    yield look_at_clock(time.time())
+    yield _look_at_state(settings, status)
+    for addr in status["addrs"]:
+        yield Finding("port", "ok", f"{addr} is the running node's")
+    yield _mdns(settings)
+    yield _announced_memory(status)
+    yield from _announced_services(status)
+    yield _file_limit()
+    yield from _state_folder(Path(settings.state_dir))
+
+
+def _look_at_state(settings: Config, status: dict[str, Any]) -> Finding:
+    told = f"{status['name']} answers at {settings.api}; {status['peers_online']} online"
+    if status["ready"]:
+        return Finding("node", "ok", told)
+    lacks = "; ".join(status["missing"]) or f"it is {status['state']}"
+    return Finding("node", "warning", f"{told}, but it is not ready: {lacks}", "meshnode peers")
+
+
+def _announced_memory(status: dict[str, Any]) -> Finding:
+    free, total = status["available_vram"], status["total_vram"]
+    if free is not None:
+        whole = "" if total is None else f" of {format_size(total)}"
+        return Finding("gpu", "ok", f"the node announces {format_size(free)} free{whole}")
+    return _no_memory(serves=bool(status["services"]))
+
+
+def _announced_services(status: dict[str, Any]) -> Iterator[Finding]:
+    if not status["services"]:
+        yield Finding("service", "skipped", "none is exposed")
+    for service in status["services"]:
+        name = service["service_id"]
+        if service["healthy"]:
+            models = ", ".join(service["models"]) or "no model is listed"
+            yield Finding("service", "ok", f"{name} is well: {models}")
+        else:
+            told = service["reason"] or "its engine does not answer"
+            yield Finding("service", "failed", f"{name}: {told}", "meshnode peers --json")
+
+
 # Ports
 
 
-def _running_addrs(settings: Config) -> frozenset[str] | None:
-    """Return the HOST:PORT and multiaddrs that a node running here has; None if none runs."""
+def _ask_running(settings: Config) -> dict[str, Any] | None:
+    """Return what a node running here says of itself: None if none runs, {} if it won't say."""
     try:
-        status = ask(Api(settings.api, settings.api_key), "/api/status")
+        return ask(Api(settings.api, settings.api_key), "/api/status")
     except NodeNotRunning:
         return None
     except MeshnodeError:
-        return frozenset({str(settings.api)})
-    listed = status.get("addrs")
-    addrs = listed if isinstance(listed, list) else []
-    return frozenset({str(settings.api), str(status.get("proxy")), *map(str, addrs)})
+        return {}
+
+
+def _addrs_of(settings: Config, status: dict[str, Any]) -> frozenset[str]:
+    """Return the HOST:PORT and multiaddrs that the running node has."""
+    return frozenset({str(settings.api), str(status.get("proxy")), *status.get("addrs", ())})
 
 
 def _ports(settings: Config, running: frozenset[str] | None) -> Iterator[Finding]:
@@ -250,7 +311,6 @@ async def _try_bootstrap(addr: str, keys: tuple[bytes, ...]) -> Finding:
 def _gpus(settings: Config) -> Iterator[Finding]:
     from meshnode.gpu.faults import PASSED_ON
     from meshnode.gpu.probe import describe, find_readers
-    from meshnode.values import format_size
 
     rows = describe(find_readers(settings.vram))
     found = [row for row in rows if row.announced]
@@ -261,10 +321,13 @@ def _gpus(settings: Config) -> Iterator[Finding]:
     for row in broken:
         yield Finding("gpu", "failed", f"{row.source}: {row.message}", "meshnode gpus")
     if not found and not broken:
-        # A laptop needs none; a host of a service is picked last without one.
-        verdict: Verdict = "warning" if settings.expose else "skipped"
-        message = "no GPU memory can be read here, so this host counts as having least"
-        yield Finding("gpu", verdict, message, "meshnode gpus")
+        yield _no_memory(serves=bool(settings.expose))
+
+
+def _no_memory(*, serves: bool) -> Finding:
+    """A laptop needs none; a host of a service is picked last without one."""
+    message = "no GPU memory can be read here, so this host counts as having least"
+    return Finding("gpu", "warning" if serves else "skipped", message, "meshnode gpus")
 
 
 def _services(settings: Config) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from meshnode.cli import findings
-from support.cluster import Cluster
+from support.cluster import Cluster, eventually
 
 PEER = "12D3KooWQYhTNQdmr3ArTeUHRYzFg94BKyTkoWBDWez9kSCVe2Xo"
 
@@ -89,6 +89,37 @@ def test_the_ports_of_the_running_node_are_no_clash(cluster):
     ports = [each["message"] for each in checks if each["check"] == "port"]
     assert len(ports) == 2 and all(each.endswith("is the running node's") for each in ports)
     assert {"ok"} == {each["verdict"] for each in checks if each["check"] == "identity"}
+
+
+def doctor_at(cluster: Cluster, node) -> dict[str, list[dict]]:
+    """What ``meshnode doctor`` without a token says beside this node, by check."""
+    done = cluster.run(
+        "doctor", "--json", "--api", node.ready["api"], "--state-dir", str(node.state_dir)
+    )
+    checks = json.loads(done.stdout)["checks"]
+    assert done.returncode == any(each["verdict"] == "failed" for each in checks)
+    return {
+        name: [c for c in checks if c["check"] == name] for name in (c["check"] for c in checks)
+    }
+
+
+def test_without_a_token_the_running_node_is_asked_about_itself(cluster):
+    host = cluster.hosts(8)[0]
+    eventually(lambda: host.peers()[0]["services"][0]["models"], within=10)
+    found = doctor_at(cluster, host)
+    verdicts = {name: {each["verdict"] for each in found[name]} for name in found}
+    assert verdicts["token"] == verdicts["node"] == verdicts["port"] == {"ok"}
+    assert verdicts["settings"] == {"skipped"}
+    assert found["service"][0]["message"] == "llm is well: demo-model"
+    assert found["gpu"][0]["message"] == "the node announces 8.0 GiB free of 8.0 GiB"
+
+
+def test_the_running_nodes_dead_engine_fails_with_its_reason(cluster):
+    dead = cluster.node("dead", "--expose", "llm=127.0.0.1:1", "--health", "llm=tcp")
+    eventually(lambda: not dead.peers()[0]["services"][0]["healthy"], within=10)
+    found = doctor_at(cluster, dead)
+    assert found["service"][0]["verdict"] == "failed"
+    assert "127.0.0.1:1" in found["service"][0]["message"]
 
 
 def test_files_that_others_can_read_are_warned_of(cluster):
