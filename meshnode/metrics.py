@@ -169,8 +169,8 @@ class Metrics:
         )
         self.protocol_faults = Counter(
             "meshnode_protocol_faults_total",
-            "Frames and streams from peers dropped for breaking a protocol",
-            ["protocol", "code"],
+            "Frames and streams from peers dropped for breaking a protocol, and bugs in serving",
+            ["protocol", "code"],  # control_api: request_failed (answered 500), connection_failed
             registry=registry,
         )
         self.memberships = Counter(

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -202,8 +203,9 @@ class Node:
                         *localai.routes(self._view),
                         Route("/api/forward", ForwardApi(self._view.forwards), methods=["POST"]),
                     ],
+                    metrics=self._metrics,
                 )
-                await parts.start(server.serve_forever, app, api)
+                await parts.start(partial(server.serve_forever, app, api, metrics=self._metrics))
                 if proxy:
                     parts.start_soon(self._entry.serve_forever, proxy)
                 self._announce_ready(on_ready)

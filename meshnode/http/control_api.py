@@ -25,6 +25,7 @@ from meshnode.http import openapi, page
 from meshnode.http.answers import HEADERS, error_response
 from meshnode.http.body import BodyRefused, read_body
 from meshnode.http.guard import Access, Guard
+from meshnode.metrics import Metrics
 
 SCHEMA_VERSION = 1
 
@@ -87,6 +88,7 @@ def build_app(
     access: Access | None = None,
     events: ASGIApp | None = None,
     more: Sequence[Route] = (),
+    metrics: Metrics | None = None,
 ) -> ASGIApp:
     """Return the control API of ``view`` as an ASGI application.
 
@@ -95,6 +97,7 @@ def build_app(
         access: who may use it; by default whoever reaches it under a loopback name may read.
         events: what answers ``/api/events``, if anything does.
         more: further routes, behind the same guard.
+        metrics: where an answer of 500 for a bug is counted, besides being logged.
     """
     pages: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/healthz": _page(lambda request: _json({"status": "alive"})),
@@ -121,7 +124,7 @@ def build_app(
             MeshnodeError: _on_mesh_error,
             _BadParameter: _on_bad_parameter,
             BodyRefused: _on_body_refused,
-            Exception: _on_bug,
+            Exception: partial(_on_bug, metrics or Metrics()),
         },
     )
     # Otherwise /healthz/ would be answered by a redirect built from the client's Host header.
@@ -229,6 +232,7 @@ async def _on_mesh_error(request: Request, exc: Exception) -> Response:
     return error_response(500, "node_error", str(exc))
 
 
-async def _on_bug(request: Request, exc: Exception) -> Response:
+async def _on_bug(metrics: Metrics, request: Request, exc: Exception) -> Response:
+    metrics.protocol_faults.labels(protocol="control_api", code="request_failed").inc()
     _log.error("control_api_failed", path=request.url.path, error=repr(exc))
     return error_response(500, "internal_error", "the node failed to answer; its log says why")

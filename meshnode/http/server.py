@@ -24,6 +24,7 @@ from hypercorn.utils import wrap_app
 from starlette.types import ASGIApp
 
 from meshnode.errors import ListenFailed
+from meshnode.metrics import Metrics
 from meshnode.net.descriptors import OUT_OF_DESCRIPTORS, DescriptorReserve
 
 # A dashboard and a few scripts need ten; each costs a task and some kilobytes.
@@ -115,10 +116,15 @@ async def serve_forever(
     app: ASGIApp,
     sock: socket.socket,
     *,
+    metrics: Metrics | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve ``app`` on ``sock`` until cancelled; then finish within a second and close it."""
-    server = _Server(app)
+    """Serve ``app`` on ``sock`` until cancelled; then finish within a second and close it.
+
+    Args:
+        metrics: where a connection that failed over a bug is counted, besides being logged.
+    """
+    server = _Server(app, metrics or Metrics())
     stop = trio.Event()
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
     async with listener, trio.open_nursery() as nursery:
@@ -134,7 +140,8 @@ async def serve_forever(
 class _Server:
     """What all connections of one server share."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._app = wrap_app(app, 0, "asgi")  # type: ignore[arg-type]
         self._config = _hypercorn_config()
         self._context = WorkerContext(None)
@@ -195,7 +202,10 @@ class _Server:
                 ConnectionState({}),
                 _BoundedStream(stream),  # type: ignore[arg-type]
             )
+        # Hypercorn and h11 raise what they like over a client's bytes, and no client ends a node.
         except Exception as exc:  # noqa: BLE001
+            faults = self._metrics.protocol_faults
+            faults.labels(protocol="control_api", code="connection_failed").inc()
             _log.error("control_api_connection_failed", error=repr(exc))
 
     async def _end(self, connections: trio.CancelScope) -> None:

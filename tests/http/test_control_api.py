@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import httpx
 import pytest
+import structlog.testing
 import trio
 from prometheus_client import CollectorRegistry, Gauge
 
 from meshnode.core.explain_request import MAX_BYTES
 from meshnode.errors import ListenFailed, NoCandidate, PeerUnreachable, UnknownModel
-from meshnode.http import body
+from meshnode.http import body, server
 from meshnode.http.control_api import build_app
 from meshnode.http.guard import Access, make_local_key
 from meshnode.http.server import bind, bind_unix, serve_forever
+from meshnode.metrics import Metrics
 
 LOCAL = "key-of-this-run"
 SHOWN = {"Authorization": f"Bearer {LOCAL}"}
@@ -210,6 +213,58 @@ async def test_every_error_is_json(api, method, path, status, code, param):
     assert "oops" not in answer.text
 
 
+def faults(metrics: Metrics, code: str) -> float:
+    return metrics.protocol_faults.labels(protocol="control_api", code=code)._value.get()
+
+
+async def test_a_bug_is_answered_logged_and_counted_and_other_errors_are_not(nursery):
+    metrics = Metrics()
+    sock = bind("127.0.0.1", 0, setting="api")
+    app = build_app(SomeNode(), metrics=metrics)
+    with structlog.testing.capture_logs() as logs, trio.fail_after(10):
+        await nursery.start(partial(serve_forever, app, sock, metrics=metrics))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{sock.getsockname()[1]}") as ask:
+            assert (await ask.get("/api/explain?service=none")).status_code == 503
+            assert (await ask.get("/nothing")).status_code == 404
+            assert faults(metrics, "request_failed") == 0
+            answer = await ask.get("/api/explain?service=bug")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "the node failed to answer; its log says why"
+    assert faults(metrics, "request_failed") == 1
+    assert faults(metrics, "connection_failed") == 0
+    (line,) = [line for line in logs if line["log_level"] == "error"]
+    assert (line["event"], line["path"]) == ("control_api_failed", "/api/explain")
+
+
+async def test_a_connection_that_fails_over_a_bug_is_counted_and_the_next_is_served(
+    nursery, monkeypatch
+):
+    class Broken:
+        def __init__(self, *args):
+            pass
+
+        def __await__(self):
+            raise ZeroDivisionError("oops")
+
+    metrics = Metrics()
+    sock = bind("127.0.0.1", 0, setting="api")
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}/healthz"
+    with structlog.testing.capture_logs() as logs, trio.fail_after(10):
+        app = build_app(SomeNode())
+        await nursery.start(partial(serve_forever, app, sock, metrics=metrics))
+        with monkeypatch.context() as broken:
+            broken.setattr(server, "TCPServer", Broken)
+            async with httpx.AsyncClient() as ask:
+                with pytest.raises(httpx.RemoteProtocolError):
+                    await ask.get(url)
+        async with httpx.AsyncClient() as ask:
+            assert (await ask.get(url)).status_code == 200
+    assert faults(metrics, "connection_failed") == 1
+    (line,) = [line for line in logs if line["log_level"] == "error"]
+    assert line["event"] == "control_api_connection_failed"
+    assert "oops" in line["error"]
+
+
 async def test_a_method_that_is_not_allowed_names_those_that_are(api):
     assert "GET" in (await api.delete("/api/peers", headers=SHOWN)).headers["allow"]
 
@@ -352,8 +407,8 @@ async def test_it_stops_within_a_second_though_clients_idle_or_never_read(nurser
     sock = bind("127.0.0.1", 0, setting="api")
     port = sock.getsockname()[1]
     with trio.fail_after(20):
-        async with trio.open_nursery() as server:
-            await server.start(serve_forever, build_app(SomeNode()), sock)
+        async with trio.open_nursery() as serving:
+            await serving.start(serve_forever, build_app(SomeNode()), sock)
             idle = await trio.open_tcp_stream("127.0.0.1", port)
             async with idle, httpx.AsyncClient() as kept:
                 await kept.get(f"http://127.0.0.1:{port}/healthz")
@@ -364,7 +419,7 @@ async def test_it_stops_within_a_second_though_clients_idle_or_never_read(nurser
                     await deaf.send(b"GET /api/peers HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 await deaf.recv(1)
                 started = trio.current_time()
-                server.cancel_scope.cancel()
+                serving.cancel_scope.cancel()
         assert trio.current_time() - started < 1.0
         deaf.close()
         with pytest.raises(OSError, match=f"127.0.0.1:{port}|refused"):
