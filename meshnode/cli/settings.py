@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Annotated
 
@@ -15,6 +15,8 @@ from meshnode.errors import MeshnodeError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+# Settings that hold one value for each service, written NAME=VALUE.
+_BY_SERVICE = frozenset({"health", "max_in_flight"})
 _COLUMNS = ("SETTING", "VALUE", "FROM")
 
 
@@ -27,8 +29,8 @@ def show(context: typer.Context, as_json: JsonOption = False) -> None:
     problem = _problem(settings)
     if as_json:
         rows = {
-            key: {"value": _plain(getattr(settings, key)), "source": settings.sources[key]}
-            for key in field_names()
+            key: {"value": _plain(value), "source": settings.sources[key]}
+            for key, value in _values(settings)
         }
         told = None if problem is None else str(problem)
         print_json(
@@ -103,13 +105,30 @@ def _problem(settings: Config) -> MeshnodeError | None:
 
 def _rows(settings: Config) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
-    for key in field_names():
-        value = getattr(settings, key)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        rows.append((key, "-" if shown is None else str(shown), settings.sources[key]))
+    for key, value in _values(settings):
+        rows.append((key, _written(value), settings.sources[key]))
     hidden = f"(hidden: {len(settings.token_texts)})" if settings.token_texts else None
     rows.append(("token", hidden, settings.sources.get("token", settings.sources["token_file"])))
     return rows
+
+
+def _values(settings: Config) -> Iterator[tuple[str, object]]:
+    for key in field_names():
+        value = getattr(settings, key)
+        yield key, dict(value) if key in _BY_SERVICE else value
+
+
+def _written(value: object) -> str:
+    """Return a setting as a flag takes it, and ``-`` where there is none."""
+    if isinstance(value, Mapping):
+        value = tuple(f"{name}={each}" for name, each in value.items())
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "-"
+    if isinstance(value, bool):
+        return str(value).lower()  # as the environment and the file take it
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "-" if value is None else str(value)
 
 
 def _plain(value: object) -> object:

@@ -75,3 +75,40 @@ def test_check_finds_a_damaged_token_before_the_start_does(monkeypatch, capsys):
     assert run(["config", "check", "--json"]) == 2
     body = json.loads(capsys.readouterr().out)
     assert body["ok"] is False and "damaged" in body["problem"]
+
+
+SPOKEN = [
+    *("--open", "--proxy", "--expose", "chat=127.0.0.1:1", "--expose", "raw=127.0.0.1:2"),
+    *("--max-in-flight", "chat=4", "--max-in-flight", "raw=2"),
+    *("--health", "chat=http:/health", "--health", "raw=tcp"),
+    *("--drain-grace", "1m", "--no-mdns"),
+]
+
+
+def test_show_prints_each_value_as_a_flag_takes_it(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["config", "show", *SPOKEN]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {words[0]: words[1:] for words in lines}
+    assert rows["max_in_flight"] == ["chat=4", "raw=2", "flag", "--max-in-flight"]
+    assert rows["health"] == ["chat=http:/health", "raw=tcp", "flag", "--health"]
+    assert rows["expose"][:2] == ["chat=127.0.0.1:1", "raw=127.0.0.1:2"]
+    assert (rows["drain_grace"][0], rows["mdns"][0], rows["open"][0]) == ("60", "false", "true")
+    assert (rows["bootstrap"][0], rows["vram"][0]) == ("-", "-")
+
+
+def test_show_as_json_has_one_value_for_each_service_as_the_file_takes_it(tmp_path, capsys):
+    settings = shown(capsys, *SPOKEN)["settings"]
+    assert settings["max_in_flight"]["value"] == {"chat": 4, "raw": 2}
+    assert settings["health"]["value"] == {"chat": "http:/health", "raw": "tcp"}
+    assert shown(capsys, "--open")["settings"]["max_in_flight"]["value"] == {}
+    # What was shown, put into a file, is shown again.
+    file = tmp_path / "meshnode.toml"
+    file.write_text(
+        'open = true\nexpose = ["chat=127.0.0.1:1", "raw=127.0.0.1:2"]\n'
+        "max_in_flight = { chat = 4, raw = 2 }\n"
+        'health = { chat = "http:/health", raw = "tcp" }\n'
+    )
+    again = shown(capsys, "--config", str(file))["settings"]
+    assert again["max_in_flight"]["value"] == settings["max_in_flight"]["value"]
+    assert again["health"]["value"] == settings["health"]["value"]
