@@ -1,9 +1,14 @@
-"""Golden vectors as parameters: ``vectors("announce/1.0.0", "valid")`` fills ``vector``."""
+"""Golden vectors as parameters.
+
+``vectors("announce/1.0.0", "valid")`` fills ``vector`` with each of one protocol's; and
+``messages("valid")`` fills ``protocol`` and ``vector`` with those of every protocol.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,19 +19,45 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "vectors(protocol, name): run once for each golden vector of that file"
     )
+    config.addinivalue_line(
+        "markers", "messages(name): run once for each golden vector of that name of any protocol"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    rows = []
-    for marker in metafunc.definition.iter_markers("vectors"):
-        protocol, name = marker.args
-        path = PROTOCOLS / protocol / "vectors" / f"{name}.json"
-        rows += [
-            pytest.param(row, id=f"{name}: {row['name']}")
-            for row in json.loads(path.read_text())["vectors"]
+    if "vector" not in metafunc.fixturenames:
+        return
+    of_all = [marker.args[0] for marker in metafunc.definition.iter_markers("messages")]
+    if of_all:
+        rows = [
+            pytest.param(protocol, row, id=f"{protocol} {name}: {row['name']}")
+            for name in of_all
+            for protocol in _protocols_with(name)
+            for row in _read(protocol, name)
         ]
-    if "vector" in metafunc.fixturenames:
-        metafunc.parametrize("vector", rows)
+        metafunc.parametrize(("protocol", "vector"), rows)
+        return
+    metafunc.parametrize(
+        "vector",
+        [
+            pytest.param(row, id=f"{name}: {row['name']}")
+            for protocol, name in (
+                marker.args for marker in metafunc.definition.iter_markers("vectors")
+            )
+            for row in _read(protocol, name)
+        ],
+    )
+
+
+def _protocols_with(name: str) -> list[str]:
+    found = sorted(PROTOCOLS.glob(f"*/*/vectors/{name}.json"))
+    return [str(path.parents[1].relative_to(PROTOCOLS)) for path in found]
+
+
+def _read(protocol: str, name: str) -> list[dict[str, Any]]:
+    path = PROTOCOLS / protocol / "vectors" / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["vectors"]
+    return rows
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshnode.core import affinity_batch
 from meshnode.core.affinity_batch import (
     AffinityBatch,
     AffinityPlace,
@@ -17,30 +16,9 @@ from meshnode.core.affinity_batch import (
     unpack_blocks,
 )
 from meshnode.core.prefix_chain import network_seed, short_chain
-from meshnode.errors import WireError
 
 PROTOCOL = "affinity/1.0.0"
 NAMES = st.text("abc:/é", min_size=1, max_size=20)
-
-
-@pytest.mark.vectors(PROTOCOL, "canonical")
-@pytest.mark.vectors(PROTOCOL, "valid")
-def test_a_valid_batch_decodes_as_written(vector: dict[str, Any]) -> None:
-    batch = decode(bytes.fromhex(vector["hex"]))
-    assert batch.model_dump(mode="json", by_alias=True) == vector["json"]
-
-
-@pytest.mark.vectors(PROTOCOL, "canonical")
-def test_a_canonical_batch_is_encoded_byte_for_byte(vector: dict[str, Any]) -> None:
-    data = bytes.fromhex(vector["hex"])
-    assert encode(decode(data)) == data
-
-
-@pytest.mark.vectors(PROTOCOL, "invalid")
-def test_an_invalid_batch_fails_with_the_code_named(vector: dict[str, Any]) -> None:
-    with pytest.raises(WireError) as caught:
-        decode(bytes.fromhex(vector["hex"]))
-    assert caught.value.code == vector["error"]
 
 
 @pytest.mark.vectors(PROTOCOL, "chains")
@@ -78,12 +56,3 @@ def test_what_is_encoded_decodes_to_the_same(
     read = decode(encode(batch))
     assert read == batch
     assert [list(unpack_blocks(run.blocks)) for run in read.runs] == [b for _, _, b in runs]
-
-
-@given(st.binary(max_size=200))
-def test_random_bytes_raise_nothing_but_wire_errors(data: bytes) -> None:
-    try:
-        outcome = type(decode(data)).__name__
-    except WireError as exc:
-        outcome = exc.code
-    assert outcome in {"AffinityBatch"} | affinity_batch.ERROR_CODES

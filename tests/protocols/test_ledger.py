@@ -10,8 +10,6 @@ from meshnode.core.ledger_exchange import (
     MAX_MESSAGE_BYTES,
     PartReader,
     Record,
-    decode,
-    encode,
 )
 from meshnode.core.node_data import decode_signed
 from meshnode.core.wire import FrameDecoder
@@ -19,27 +17,6 @@ from meshnode.errors import WireError
 from meshnode.net.libp2p.envelope import open_sealed
 
 PROTOCOL = "ledger/2.0.0"
-
-
-@pytest.mark.vectors(PROTOCOL, "canonical")
-@pytest.mark.vectors(PROTOCOL, "valid")
-def test_a_valid_message_decodes_as_written(vector: dict[str, Any]) -> None:
-    message = decode(bytes.fromhex(vector["hex"]))
-    assert type(message).__name__ == vector["message"]
-    assert message.model_dump(mode="json", by_alias=True) == vector["json"]
-
-
-@pytest.mark.vectors(PROTOCOL, "canonical")
-def test_a_canonical_message_is_encoded_byte_for_byte(vector: dict[str, Any]) -> None:
-    data = bytes.fromhex(vector["hex"])
-    assert encode(decode(data)) == data
-
-
-@pytest.mark.vectors(PROTOCOL, "invalid")
-def test_an_invalid_message_fails_with_the_code_named(vector: dict[str, Any]) -> None:
-    with pytest.raises(WireError) as caught:
-        decode(bytes.fromhex(vector["hex"]))
-    assert caught.value.code == vector["error"]
 
 
 @pytest.mark.vectors(PROTOCOL, "keys")

@@ -21,26 +21,6 @@ from meshnode.errors import PeerRefused, TokenInvalid, TokenRefused, WireError
 PROTOCOL = "membership/1.0.0"
 
 
-@pytest.mark.vectors(PROTOCOL, "canonical")
-@pytest.mark.vectors(PROTOCOL, "valid")
-def test_a_valid_message_decodes_as_written(vector: dict[str, Any]) -> None:
-    message = decode(bytes.fromhex(vector["hex"]))
-    assert type(message).__name__ == vector["message"]
-    assert message.model_dump(mode="json", by_alias=True) == vector["json"]
-
-
-@pytest.mark.vectors(PROTOCOL, "canonical")
-def test_a_canonical_message_is_encoded_byte_for_byte(vector: dict[str, Any]) -> None:
-    assert encode(decode(bytes.fromhex(vector["hex"]))).hex() == vector["hex"]
-
-
-@pytest.mark.vectors(PROTOCOL, "invalid")
-def test_an_invalid_message_fails_with_the_code_named(vector: dict[str, Any]) -> None:
-    with pytest.raises(WireError) as caught:
-        decode(bytes.fromhex(vector["hex"]))
-    assert caught.value.code == vector["error"]
-
-
 @pytest.mark.vectors(PROTOCOL, "frames")
 def test_a_stream_is_cut_into_the_frames_written(vector: dict[str, Any]) -> None:
     decoder, bodies, error = FrameDecoder(MAX_MESSAGE_BYTES), [], None

@@ -13,29 +13,6 @@ PROTOCOL = "tunnel/2.0.0"
 DECODERS = {"TunnelRequest": tunnel.decode_request, "TunnelReply": tunnel.decode_reply}
 
 
-@pytest.mark.vectors(PROTOCOL, "canonical")
-@pytest.mark.vectors(PROTOCOL, "valid")
-def test_a_valid_header_decodes_as_written(vector: dict[str, Any]) -> None:
-    message = DECODERS[vector["message"]](bytes.fromhex(vector["hex"]))
-    assert message.model_dump(mode="json", by_alias=True) == vector["json"]
-
-
-@pytest.mark.vectors(PROTOCOL, "canonical")
-def test_a_canonical_header_is_encoded_byte_for_byte(vector: dict[str, Any]) -> None:
-    data = bytes.fromhex(vector["hex"])
-    if vector["message"] == "TunnelRequest":
-        assert tunnel.encode_request(tunnel.decode_request(data)) == data
-    else:
-        assert tunnel.encode_reply(tunnel.decode_reply(data)) == data
-
-
-@pytest.mark.vectors(PROTOCOL, "invalid")
-def test_an_invalid_header_fails_with_the_code_named(vector: dict[str, Any]) -> None:
-    with pytest.raises(WireError) as caught:
-        DECODERS[vector["message"]](bytes.fromhex(vector["hex"]))
-    assert caught.value.code == vector["error"]
-
-
 def shown(items: list[Item]) -> list[list[str]]:
     """The items as the vectors show them: bytes that follow one another are one."""
     out: list[list[str]] = []
