@@ -83,7 +83,7 @@ def settings() -> str:
                 f"`{name}`<br>{flags}<br>`MESHNODE_{name.upper()}`",
                 _cell(option.metavar or ("" if option.is_flag else "TEXT")),
                 default,
-                _cell(option.help or "Where identity and addresses are kept."),
+                _cell(option.help),
             )
         )
     return _page(

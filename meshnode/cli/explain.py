@@ -31,10 +31,13 @@ from meshnode.errors import ConfigError, NoCandidate
 def explain(
     service: Annotated[
         str | None,
-        typer.Option(help="The service to ask for; default the proxy's, or the only one."),
+        typer.Option(
+            metavar="NAME", help="The service to ask for; default the proxy's, or the only one."
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The model to ask for, in whichever service has it.")
+        str | None,
+        typer.Option(metavar="NAME", help="The model to ask for, in whichever service has it."),
     ] = None,
     prompt_file: Annotated[
         Path | None,
@@ -46,7 +49,7 @@ def explain(
         ),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Ask for one peer, by peer ID or name.")
+        str | None, typer.Option(metavar="PEER", help="Ask for one peer, by peer ID or name.")
     ] = None,
     api: ApiOption = None,
     api_key_file: KeyOption = None,

@@ -36,7 +36,7 @@ def forward(
     api_key_file: KeyOption = None,
     state_dir: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="The node's state folder, which holds its key."),
+        typer.Option(metavar="PATH", help="The node's state folder, which holds its key."),
     ] = None,
 ) -> None:
     """Open a local port for each peer that offers a service, until ended.

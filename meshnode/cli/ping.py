@@ -18,12 +18,16 @@ _MAX_COUNT = 10_000
 
 
 def ping(
-    peer: Annotated[str, typer.Argument(help="Its peer ID, or its name.")],
+    peer: Annotated[str, typer.Argument(metavar="PEER", help="Its peer ID, or its name.")],
     count: Annotated[
-        int, typer.Option("--count", "-c", min=1, max=_MAX_COUNT, help="How many round trips.")
+        int,
+        typer.Option(
+            "--count", "-c", metavar="N", min=1, max=_MAX_COUNT, help="How many round trips."
+        ),
     ] = 4,
     interval: Annotated[
-        float, typer.Option(min=0.0, max=3600.0, help="Seconds from one to the next.")
+        float,
+        typer.Option(metavar="SECONDS", min=0.0, max=3600.0, help="Seconds from one to the next."),
     ] = 1.0,
     api: ApiOption = None,
     api_key_file: KeyOption = None,

@@ -26,7 +26,7 @@ KeyOption = Annotated[
 ]
 StateDirOption = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Its state folder, which holds a key for this host."),
+    typer.Option(metavar="PATH", help="Its state folder, which holds a key for this host."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -39,7 +39,8 @@ def new(
 
 def show(
     file: Annotated[
-        str | None, typer.Argument(help="The token's file, or - for standard input.")
+        str | None,
+        typer.Argument(metavar="FILE", help="The token's file, or - for standard input."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     qr: Annotated[

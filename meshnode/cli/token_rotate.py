@@ -15,7 +15,7 @@ _MAX_BYTES = 64 * 1024
 
 
 def rotate(
-    file: Annotated[str, typer.Argument(help="The token's file.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The token's file.")],
     finish: Annotated[
         bool,
         typer.Option("--finish", help="Drop the older tokens: whoever has only those is out."),

@@ -32,7 +32,10 @@ _LINES_AROUND = 6  # status, headings and blanks around the two tables
 
 def top(
     interval: Annotated[
-        float, typer.Option(min=0.2, max=60.0, help="Seconds from one look to the next.")
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0.2, max=60.0, help="Seconds from one look to the next."
+        ),
     ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
     api: ApiOption = None,

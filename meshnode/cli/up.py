@@ -102,11 +102,15 @@ def up(
         str | None,
         typer.Option(
             metavar="http|tcp",
-            help="http routes each request; tcp each connection, whatever it carries.",
+            help="http (default) routes each request; tcp each connection, whatever it carries.",
         ),
     ] = None,
     first_byte_timeout: Annotated[
-        str | None, typer.Option(metavar="SECONDS", help="For an answer to begin; default 300.")
+        str | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long an engine may take to begin its answer; default 300.",
+        ),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
@@ -148,18 +152,27 @@ def up(
         ),
     ] = None,
     service: Annotated[
-        str | None, typer.Option(help="Which service the proxy serves; default the only one.")
+        str | None,
+        typer.Option(metavar="NAME", help="Which service the proxy serves; default the only one."),
     ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="PEER", help="Send everything to one peer, by ID or name.")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(metavar="vram|rotate|random", help="Who goes first among equals.")
+        str | None,
+        typer.Option(
+            metavar="vram|rotate|random",
+            help="Who goes first among equals: most free VRAM (default), each in turn, or by "
+            "chance.",
+        ),
     ] = None,
     vram: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Pretend this much free VRAM, like 24GiB.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="For people; default the host name.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What people call this node; default the host name."),
+    ] = None,
     api: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT|unix:/PATH", help="Control API; default 127.0.0.1:4280."),
@@ -171,7 +184,15 @@ def up(
     api_key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="The key it wants beyond loopback.")
     ] = None,
-    state_dir: Annotated[str | None, typer.Option(metavar="DIR")] = None,
+    state_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The folder of this node's identity.key, peers.json and api.key, which no other "
+            "node may share; default the variable STATE_DIRECTORY, which systemd sets, else this "
+            "user's folder for such files.",
+        ),
+    ] = None,
     config: Annotated[
         str | None, typer.Option(metavar="FILE", help="A TOML file with any of these settings.")
     ] = None,
@@ -180,29 +201,52 @@ def up(
         typer.Option(metavar="URL", help="Send a trace of each request here (extra: otel)."),
     ] = None,
     log_level: Annotated[
-        str | None, typer.Option(metavar="debug|info|warning|error", help="Default info.")
+        str | None,
+        typer.Option(
+            metavar="debug|info|warning|error",
+            help="The least severe lines that standard error gets; default info.",
+        ),
     ] = None,
     log_format: Annotated[
-        str | None, typer.Option(metavar="pretty|json", help="Default pretty.")
+        str | None,
+        typer.Option(
+            metavar="pretty|json",
+            help="Lines for people, or one JSON object a line; default pretty.",
+        ),
     ] = None,
     announce_interval: Annotated[
-        str | None, typer.Option(metavar="SECONDS", help="Default 10.")
+        str | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How often this node says what it has; default 10. In a large mesh it does so "
+            "less often by itself.",
+        ),
     ] = None,
     online_window: Annotated[
-        str | None, typer.Option(metavar="SECONDS", help="Default 40.")
+        str | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="After how long a silence others take this node for gone; default 40, and at "
+            "least twice --announce-interval.",
+        ),
     ] = None,
     queue_length: Annotated[
         str | None,
         typer.Option(metavar="N", help="Requests that wait while all peers are full; default 256."),
     ] = None,
     queue_timeout: Annotated[
-        str | None, typer.Option(metavar="SECONDS", help="And for how long; default 30.")
+        str | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long such a request waits for room before it is refused; default 30.",
+        ),
     ] = None,
 ) -> None:
     """Run a node until SIGINT or SIGTERM: it joins, announces, exposes, proxies.
 
     Every flag is also an environment variable (MESHNODE_LISTEN) and a key of the --config file
-    (listen). A flag goes before the environment, that before the file.
+    (listen). A flag goes before the environment, that before the file. SECONDS may have a unit:
+    500ms, 90s, 2m, 1h.
     """
     flags = flags_of(context.params)
     settings = read_settings(flags, config)
