@@ -93,6 +93,13 @@ def test_an_unknown_variable_names_the_nearest_one():
     )
 
 
+def test_a_variable_that_is_like_no_setting_is_not_said_to_be_meant_for_one():
+    told = refusal(env={"MESHNODE_NONSENSE": "x"})
+    assert told.endswith(
+        "MESHNODE_NONSENSE in the environment; run meshnode up --help for the list"
+    )
+
+
 def test_a_bootstrap_may_be_reached_through_a_relay():
     addr = f"/ip4/1.2.3.4/tcp/4201/p2p/{PEER}/p2p-circuit/p2p/{PEER}"
     assert resolved({"bootstrap": (addr,)}).bootstrap == (addr,)

@@ -85,8 +85,12 @@ def _unknown(
 ) -> ConfigError:
     import difflib
 
-    near = difflib.get_close_matches(name, [spell(key) for key in known], n=1)
-    advice = f"; did you mean {near[0]}?" if near else "; run meshnode up --help for the list"
+    # By what differs: a prefix that all have in common makes any two of them look alike.
+    asked = name.removeprefix(PREFIX).lower()
+    near = difflib.get_close_matches(asked, known, n=1)
+    advice = (
+        f"; did you mean {spell(near[0])}?" if near else "; run meshnode up --help for the list"
+    )
     return ConfigError(f"unknown setting {name} in {source}{advice}")
 
 
