@@ -15,7 +15,8 @@ from meshnode.errors import ConfigError
 from meshnode.http.gateway.access import Access
 from meshnode.http.gateway.choice import Aim, ModelChooser
 from meshnode.http.gateway.listing import Listing
-from meshnode.http.gateway.server import Gateway, GatewaySettings
+from meshnode.http.gateway.server import Gateway
+from meshnode.http.gateway.settings import GatewaySettings
 from meshnode.http.unavailable import looks_like_http, refuse
 from meshnode.metrics import Metrics
 from meshnode.net.accept import AcceptLimits

@@ -14,7 +14,8 @@ import trio
 from meshnode.http.gateway.access import Access
 from meshnode.http.gateway.choice import Aim, ModelChooser
 from meshnode.http.gateway.listing import Listing
-from meshnode.http.gateway.server import Gateway, GatewaySettings
+from meshnode.http.gateway.server import Gateway
+from meshnode.http.gateway.settings import GatewaySettings
 from meshnode.metrics import Metrics
 from meshnode.net.local_services import LocalService
 from meshnode.net.member import Member, MemberSettings

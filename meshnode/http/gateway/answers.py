@@ -24,6 +24,10 @@ _ANTHROPIC_TYPES = {
 }
 
 
+# What a client is told to wait before it comes again, where nothing says how long.
+RETRY_AFTER = 5  # seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One error of the gateway, before it has a shape."""
@@ -43,6 +47,24 @@ class Answer:
         if self.status == 429:
             return "rate_limit_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
+
+
+def render(
+    answer: Answer, api: Api, lines: list[bytes], *, close: bool, is_head: bool = False
+) -> bytes:
+    """Return an answer of the gateway's own as bytes."""
+    body = body_of(answer, api)
+    head = [
+        b"HTTP/1.1 %d %b" % (answer.status, reason_of(answer.status).encode()),
+        b"content-type: application/json",
+        b"content-length: %d" % len(body),
+        *lines,
+    ]
+    if answer.retry_after is not None:
+        head.append(b"retry-after: %d" % answer.retry_after)
+    if close:
+        head.append(b"connection: close")
+    return b"\r\n".join(head) + b"\r\n\r\n" + (b"" if is_head else body)
 
 
 def body_of(answer: Answer, api: Api) -> bytes:

@@ -8,7 +8,7 @@ import socket
 import pytest
 import trio
 
-from meshnode.http.gateway.server import GatewaySettings
+from meshnode.http.gateway.settings import GatewaySettings
 from meshnode.http.gateway.watch import GoneWatch
 from support.gateway_mesh import (
     CHAT,

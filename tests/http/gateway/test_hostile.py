@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from meshnode.http.gateway.client import ClientLimits
-from meshnode.http.gateway.server import GatewaySettings
+from meshnode.http.gateway.settings import GatewaySettings
 from meshnode.net.accept import AcceptLimits
 from support.gateway_mesh import abort, answering, exchange, get, post, read_to_end
 

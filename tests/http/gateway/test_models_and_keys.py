@@ -9,7 +9,7 @@ import trio
 
 from meshnode.core.api_keys import ClientKeys, parse_client_keys
 from meshnode.core.node_data import NodeData, ServiceData
-from meshnode.http.gateway.server import GatewaySettings
+from meshnode.http.gateway.settings import GatewaySettings
 from support.gateway_mesh import answering, exchange, get, post
 
 LIMIT = 20.0  # seconds, for one test

@@ -11,7 +11,7 @@ import trio
 
 from meshnode.http.gateway.access import Access
 from meshnode.http.gateway.bodies import ChunkedBody
-from meshnode.http.gateway.server import GatewaySettings
+from meshnode.http.gateway.settings import GatewaySettings
 from support.gateway_mesh import (
     CHAT,
     answering,
