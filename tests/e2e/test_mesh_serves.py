@@ -18,14 +18,14 @@ import openai
 import pytest
 
 from support.cluster import Backend, Cluster, Node, answer_with_hash, eventually, read_to_end
+from support.openai_client import open_client
 
 TCP = ("--proxy-mode", "tcp")  # for what is not HTTP
 MakeBackend = Callable[[Callable[[socket.socket], None]], Backend]
 
 
 def client_of(node: Node) -> openai.OpenAI:
-    # No retries: a request that fails has to be seen to fail.
-    return openai.OpenAI(base_url=node.base_url, api_key="unused", max_retries=0, timeout=30)
+    return open_client(node.base_url, timeout=30)
 
 
 def chat(client: openai.OpenAI, text: str = "hello") -> str:

@@ -1,17 +1,15 @@
 """Our nodes beside go-libp2p: a member written from the protocols/ folder alone joins, both ways.
 
-The Go program is built once; without a Go toolchain or its modules these tests are skipped.
+The Go program is built once, by conftest.py; without a Go toolchain or its modules these tests are
+skipped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,33 +18,8 @@ from meshnode.core import token as tokens
 from support.cluster import Backend, Cluster, Node, answer_with_hash, eventually, read_to_end
 from support.foreign import PATIENCE, ForeignPeer
 
-SOURCE = Path(__file__).resolve().parent / "go"
-# Cold, the compiler takes two minutes of CPU; warm, three seconds.
-BUILD_TIMEOUT = 900
-
 # Compiling go-libp2p takes minutes where nothing is cached.
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def go_program(tmp_path_factory: pytest.TempPathFactory) -> str:
-    if shutil.which("go") is None:
-        pytest.skip("no Go toolchain on this machine")
-    modules = subprocess.run(
-        ["go", "mod", "download"], cwd=SOURCE, capture_output=True, text=True, timeout=BUILD_TIMEOUT
-    )
-    if modules.returncode:
-        pytest.skip(f"the Go modules can't be had: {modules.stderr.strip()[-200:]}")
-    target = str(tmp_path_factory.mktemp("go") / "meshpeer")
-    built = subprocess.run(
-        ["go", "build", "-o", target, "./meshpeer"],
-        cwd=SOURCE,
-        capture_output=True,
-        text=True,
-        timeout=BUILD_TIMEOUT,
-    )
-    assert built.returncode == 0, built.stderr
-    return target
 
 
 MakeGo = Callable[..., ForeignPeer]

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -21,28 +18,10 @@ from support.cluster import Backend, Cluster, Node, answer_with_hash, eventually
 from support.foreign import PATIENCE, ForeignPeer
 from support.lan import Lan, ip, within
 
-SOURCE = Path(__file__).resolve().parent / "js"
 LISTEN = "/ip4/0.0.0.0/tcp/4201"
-INSTALL_TIMEOUT = 300
 
 # Some 100 MB of npm packages, an own Node among them, are installed first.
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def js_program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    if shutil.which("npm") is None:
-        pytest.skip("no npm on this machine")
-    folder = tmp_path_factory.mktemp("js")
-    for name in ("package.json", "package-lock.json", ".npmrc", "peer.mjs"):
-        shutil.copy(SOURCE / name, folder)
-    installed = subprocess.run(
-        ["npm", "ci"], cwd=folder, capture_output=True, text=True, timeout=INSTALL_TIMEOUT
-    )
-    node = folder / "node_modules" / "node" / "bin" / "node"
-    if installed.returncode or not node.exists():
-        pytest.skip(f"the npm packages can't be had: {installed.stderr.strip()[-200:]}")
-    return [str(node), str(folder / "peer.mjs")]
 
 
 # The nodes must end before their network does.

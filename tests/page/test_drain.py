@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from support.cluster import Cluster, Node, eventually
+from support.cluster import Backend, Cluster, Node, eventually
 
 STORED = "() => JSON.stringify([Object.values(sessionStorage), Object.values(localStorage)])"
 
@@ -30,21 +34,53 @@ def ask(node: Node) -> str:
         return read
 
 
+def speak_until(over: threading.Event) -> Callable[[socket.socket], None]:
+    """Answer a request with events until then."""
+
+    def serve(connection: socket.socket) -> None:
+        if not connection.recv(65536):
+            return  # a look at the service's health
+        connection.sendall(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+        )
+        while not over.wait(0.1):
+            connection.sendall(b"data: {}\n\n")
+        connection.sendall(b"data: [DONE]\n\n")
+
+    return serve
+
+
+@pytest.fixture
+def over() -> Iterator[threading.Event]:
+    """Ends the answer under way; set at the latest when the test ends."""
+    over = threading.Event()
+    yield over
+    over.set()
+
+
+@pytest.fixture
+def service(over: threading.Event) -> Iterator[str]:
+    backend = Backend(speak_until(over))
+    yield backend.address
+    backend.close()
+
+
 def key_of(node: Node) -> str:
     return (node.state_dir / "api.key").read_text().strip()
 
 
 @pytest.mark.timeout(240)
 def test_the_pages_button_drains_the_node_once_it_is_confirmed_and_the_key_is_right(
-    look: Any, cluster: Cluster
+    look: Any, cluster: Cluster, over: threading.Event, service: str
 ) -> None:
-    engine = cluster.engine("slow", "--tokens", "120", "--tokens-per-second", "8")
-    host = cluster.node("host", "--expose", f"llm={engine.address}", "--vram", "8GiB")
+    exposed = ("--expose", f"llm={service}", "--health", "llm=tcp")
+    host = cluster.node("host", *exposed, "--vram", "8GiB")
     entry = cluster.entry(host)
     eventually(lambda: entry.online() == {"host", "laptop"}, within=20)
     page = look.open(host.ready["api"])
     said = page.locator("#drain-line")
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, ExitStack() as ending:
+        ending.callback(over.set)  # or the pool would wait for ever where something fails
         answer = pool.submit(ask, entry)
         eventually(lambda: page.locator("#tile-flight").inner_text() == "1", within=20)
 
@@ -81,6 +117,7 @@ def test_the_pages_button_drains_the_node_once_it_is_confirmed_and_the_key_is_ri
         assert page.evaluate("document.activeElement.id") == "drain"
         assert page.evaluate(STORED) == "[[],[]]"  # no key of it is in what the browser keeps
         look.keep("drain-runs", full_page=True)
+        over.set()
         assert "data: [DONE]" in answer.result(60)  # what ran has ended well
     assert host.wait(30) == 0
     eventually(lambda: "it has left the mesh" in said.inner_text(), within=20)
@@ -130,18 +167,22 @@ def test_whoever_gives_up_or_meets_a_failing_node_is_told_and_nothing_is_drained
 
 
 @pytest.mark.timeout(240)
-def test_a_drain_that_somebody_else_began_is_shown_too(look: Any, cluster: Cluster) -> None:
-    engine = cluster.engine("slow", "--tokens", "60", "--tokens-per-second", "8")
-    host = cluster.node("host", "--expose", f"llm={engine.address}", "--vram", "8GiB")
+def test_a_drain_that_somebody_else_began_is_shown_too(
+    look: Any, cluster: Cluster, over: threading.Event, service: str
+) -> None:
+    exposed = ("--expose", f"llm={service}", "--health", "llm=tcp")
+    host = cluster.node("host", *exposed, "--vram", "8GiB")
     entry = cluster.entry(host)
     eventually(lambda: entry.online() == {"host", "laptop"}, within=20)
     page = look.open(host.ready["api"])
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, ExitStack() as ending:
+        ending.callback(over.set)
         answer = pool.submit(ask, entry)
         eventually(lambda: host.in_flight() == 1, within=20)
         told = ("--api", str(host.ready["api"]), "--state-dir", str(host.state_dir))
         drained = pool.submit(cluster.run, "drain", *told)
         page.get_by_text("This node drains: it takes nothing new").wait_for()
+        over.set()
         assert "data: [DONE]" in answer.result(60)
         assert drained.result(60).returncode == 0
     page.get_by_text("it has left the mesh").wait_for()

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from support.cluster import Cluster, Node, eventually
+from support.openai_client import open_client
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,7 @@ class Client:
         self._model = model
 
     def open(self) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=self._entry.base_url, api_key="unused", max_retries=0, timeout=60
-        )
+        return open_client(self._entry.base_url, timeout=60)
 
     def ask(self, text: str = "hello", *, max_tokens: int = 4) -> Asked:
         began = monotonic()
