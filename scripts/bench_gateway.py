@@ -48,10 +48,35 @@ class Row:
 
     key: str
     label: str
-    value: float | None
+    value: float
     unit: str
-    target: str
+    at_most: float | None = None  # the target, where less is better
+    at_least: float | None = None  # the target, where more is
     note: str = ""
+
+    @property
+    def target(self) -> str:
+        if self.at_most is not None:
+            return f"≤ {self.at_most:,g} {self.unit}"
+        return "" if self.at_least is None else f"≥ {self.at_least:,g} {self.unit}"
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None where there is none."""
+        if self.at_most is not None:
+            return self.value <= self.at_most
+        return None if self.at_least is None else self.value >= self.at_least
+
+    def for_json(self) -> dict[str, object]:
+        return {
+            "key": self.key,
+            "label": self.label,
+            "value": self.value,
+            "unit": self.unit,
+            "target": self.target,
+            "met": self.met,
+            "note": self.note,
+        }
 
 
 def client(*args: object) -> dict[str, float]:
@@ -201,7 +226,7 @@ def measure(tell: Callable[[str], None], *, quick: bool) -> list[Row]:
         rows.append(first_token(tell))
     tell(f"choosing among {CANDIDATES:,}")
     rows.append(
-        Row("choosing_ms", f"choosing among {CANDIDATES:,} peers", choosing(), "ms", "≤ 0.3 ms")
+        Row("choosing_ms", f"choosing among {CANDIDATES:,} peers", choosing(), "ms", at_most=0.3)
     )
     return rows
 
@@ -222,7 +247,7 @@ def measure_cpu(tell: Callable[[str], None], *, quick: bool) -> list[Row]:
             for name, pid in path.pids.items():
                 spent = (cpu_time(pid) - before[name]) / count * 1000
                 label = f"CPU time of one {what}, {name}"
-                rows.append(Row(f"{what}_cpu_ms_{name}", label, spent, "ms", "", f"{count:,}"))
+                rows.append(Row(f"{what}_cpu_ms_{name}", label, spent, "ms", note=f"{count:,}"))
     return rows
 
 
@@ -237,9 +262,8 @@ def added_latency(tell: Callable[[str], None], path: Nodes, count: int) -> Row:
     medians = client("latency", count, engine, entry)
     note = f"{medians[entry]:.2f} ms, {medians[engine]:.2f} ms directly"
     added = medians[entry] - medians[engine]
-    return Row(
-        "added_ms", "added latency of a small request, median", added, "ms", "≤ 1.5 ms", note
-    )
+    label = "added latency of a small request, median"
+    return Row("added_ms", label, added, "ms", at_most=1.5, note=note)
 
 
 def throughput(tell: Callable[[str], None], path: Nodes, seconds: int) -> Row:
@@ -253,9 +277,8 @@ def throughput(tell: Callable[[str], None], path: Nodes, seconds: int) -> Row:
         else:
             other = client("rate", CONNECTIONS, seconds, address)["per_second"]
             note += f"; HAProxy in TCP mode {other:,.0f}/s, ratio {ours / other:.2f}"
-    return Row(
-        "per_second", f"requests/s, {CONNECTIONS} connections", ours, "/s", "≥ 2,500/s", note
-    )
+    label = f"requests/s, {CONNECTIONS} connections"
+    return Row("per_second", label, ours, "/s", at_least=2500, note=note)
 
 
 def events(tell: Callable[[str], None], path: Nodes, chunks: int) -> Row:
@@ -268,7 +291,7 @@ def events(tell: Callable[[str], None], path: Nodes, chunks: int) -> Row:
     )
     added = ours["p99_ms"] - direct["p99_ms"]
     label = f"{STREAMS} streams at 50 events/s, added p99"
-    return Row("event_p99_ms", label, added, "ms", "≤ 20 ms", note)
+    return Row("event_p99_ms", label, added, "ms", at_most=20, note=note)
 
 
 def freed(tell: Callable[[str], None], path: Nodes, window: str, count: int) -> Row:
@@ -294,7 +317,7 @@ def first_token(tell: Callable[[str], None]) -> Row:
         f"busiest host {warm['max_over_mean']:.2f} times the mean (≤ 1.3)"
     )
     label = "50 conversations, 4 hosts, first token sooner than round robin"
-    return Row("first_token_times", label, told["times_faster"], "×", "≥ 2 ×", note)
+    return Row("first_token_times", label, told["times_faster"], "×", at_least=2, note=note)
 
 
 def main() -> None:
@@ -310,16 +333,20 @@ def main() -> None:
     with Console(stderr=True).status("measuring") as status:
         rows = (measure_cpu if options.cpu else measure)(status.update, quick=options.quick)
     if options.json:
-        print(json.dumps({"schema_version": 1, "rows": [vars(row) for row in rows]}))
+        print(json.dumps({"schema_version": 1, "rows": [row.for_json() for row in rows]}))
         return
     out = Console()
     out.print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
     table = Table()
-    for column in ("", "measured", "target", "beside"):
+    columns = ("", "measured") if options.cpu else ("", "", "measured", "target")
+    for column in (*columns, "beside"):
         table.add_column(column, justify="right" if column == "measured" else "left")
     for row in rows:
-        shown = "–" if row.value is None else f"{row.value:,.{3 if options.cpu else 2}f} {row.unit}"
-        table.add_row(row.label, shown, row.target, row.note)
+        shown = f"{row.value:,.{3 if options.cpu else 2}f} {row.unit}"
+        if row.met is None:
+            table.add_row(row.label, shown, row.note)
+        else:
+            table.add_row("met" if row.met else "MISS", row.label, shown, row.target, row.note)
     out.print(table)
 
 

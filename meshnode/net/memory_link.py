@@ -187,6 +187,9 @@ class MemoryStream:
                 self._tell(lambda peer, chunk=chunk: peer.on_data(chunk))  # type: ignore[misc]
             self._check_sendable()
 
+    async def send_soon(self, data: bytes) -> None:
+        await self.send_all(data)  # there is nothing to spare here
+
     async def send_eof(self) -> None:
         await trio.lowlevel.checkpoint()
         if self._cut is not None:

@@ -50,6 +50,11 @@ class ByteStream(Protocol):
 class MeshStream(ByteStream, Protocol):
     """A byte stream to a proven member."""
 
+    async def send_soon(self, data: bytes) -> None:
+        """As ``send_all``, for what nobody waits for: it may leave some milliseconds later, in
+        one piece with what is sent next on this stream.
+        """
+
     @property
     def peer_id(self) -> str: ...
 

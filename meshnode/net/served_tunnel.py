@@ -163,7 +163,9 @@ class ServedTunnel:
             self._free_vram() or 0,
             message[:256],
         )
-        await self._stream.send_all(reply)
+        # A backend that answers at once has its first bytes leave with the promise of them. Whoever
+        # was refused goes elsewhere, and should not wait.
+        await (self._stream.send_soon if status == "ok" else self._stream.send_all)(reply)
 
     async def _connect(self, service_id: str, *, fresh: bool) -> None:
         backend = self._backend

@@ -466,3 +466,19 @@ async def _echo_once(a, b):
     await stream.send_eof()
     assert await receive_all(stream) == b"ping"
     await stream.aclose()
+
+
+async def test_what_nobody_waits_for_arrives_in_order_and_by_itself(meshes):
+    with trio.fail_after(LIMIT):
+        async with meshes(2, prepare=lambda mesh: mesh.serve(ECHO, echo)) as (a, b):
+            stream = await b.open_stream(a.peer_id, ECHO, timeout=5)
+            await stream.send_soon(b"by itself")
+            assert await stream.receive_some() == b"by itself"
+            await stream.send_soon(b"first ")
+            await stream.send_all(b"second ")
+            await stream.send_soon(b"third")
+            await stream.send_eof()
+            assert await receive_all(stream) == b"first second third"
+            stream.reset()
+            with pytest.raises(StreamClosed):
+                await stream.send_soon(b"late")

@@ -42,6 +42,9 @@ class Wire:
     async def send_all(self, data):
         self.log.append(data)
 
+    async def send_soon(self, data):
+        self.log.append(data)
+
     async def send_eof(self):
         self.log.append("eof")
 

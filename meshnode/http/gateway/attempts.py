@@ -16,10 +16,11 @@ import structlog
 import trio
 
 from meshnode.core.lease import Lease
-from meshnode.errors import MeshError, NoCandidate
+from meshnode.errors import MeshError, NoCandidate, StreamClosed
 from meshnode.http.gateway.asked import Asked, Upload
 from meshnode.http.gateway.bodies import Body, BodyError, ChunkedBody, EofBody, LengthBody
 from meshnode.http.gateway.client import Client, ClientGone
+from meshnode.http.gateway.deadlines import Deadlines, Wait
 from meshnode.http.gateway.headers import interim_for_client
 from meshnode.http.gateway.heads import (
     MAX_HEAD_BYTES,
@@ -147,6 +148,7 @@ class Attempts:
         upstreams: Upstreams,
         metrics: Metrics,
         count_decision: Callable[[str], None],
+        deadlines: Deadlines,
         first_byte_timeout: float,
         tasks: trio.Nursery | None,
     ) -> None:
@@ -156,6 +158,7 @@ class Attempts:
         self._upstreams = upstreams
         self._metrics = metrics
         self._count_decision = count_decision
+        self._deadlines = deadlines
         self._first_byte_timeout = first_byte_timeout
         self._tasks = tasks
 
@@ -213,23 +216,28 @@ class Attempts:
         exchange: Exchange | None = None
         uploading: Uploading | None = None
         accepted_at: float | None = None
+        wait: Wait | None = None
         try:
             fresh = not asked.may_repeat
             exchange = await self._upstreams.begin(lease, asked.first, fresh=fresh)
-            # One scope for both waits: a deadline that moves costs less than another scope.
-            with trio.CancelScope(deadline=trio.current_time() + OPEN_TIMEOUT) as waiting:
-                await exchange.wait_accepted()
-                accepted_at = trio.current_time()
-                waiting.deadline = accepted_at + self._first_byte_timeout
-                if asked.upload is not None:
-                    uploading = await self._start_upload(asked.upload, exchange)
-                head, body, first = await self._read_head(exchange)
-                if asked.is_inference and asked.may_repeat and not first:
-                    first = await self._read_first(exchange, body)
-            if waiting.cancelled_caught:
-                raise trio.TooSlowError if accepted_at is None else FirstByteTimeout
+            wait = self._deadlines.begin(exchange, trio.current_time() + OPEN_TIMEOUT)
+            await exchange.wait_accepted()
+            accepted_at = trio.current_time()
+            wait.due = accepted_at + self._first_byte_timeout
+            if asked.upload is not None:
+                uploading = await self._start_upload(asked.upload, exchange)
+            head, body, first = await self._read_head(exchange)
+            if asked.is_inference and asked.may_repeat and not first:
+                first = await self._read_first(exchange, body)
+            self._deadlines.end(wait)
+            if wait.is_over:
+                raise StreamClosed("the wait ended as the answer began")
         except BaseException as failure:  # noqa: BLE001 - it is raised again, or what it means
             exc: BaseException = failure
+            if wait is not None:
+                self._deadlines.end(wait)
+                if wait.is_over and isinstance(exc, MeshError):
+                    exc = trio.TooSlowError() if accepted_at is None else FirstByteTimeout()
             if isinstance(exc, PEER_FAILURES):
                 exc = self._upstreams.failure(lease, exc, is_untouched=False)
             if uploading is not None:
@@ -251,7 +259,7 @@ class Attempts:
     async def _start_upload(self, upload: Upload, exchange: Exchange) -> Uploading:
         if self._asked.waits_for_continue:
             self._asked.waits_for_continue = False
-            await self._client.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await self._tell(b"HTTP/1.1 100 Continue\r\n\r\n")
         assert self._tasks is not None
         uploading = Uploading(upload, exchange, self._client)
         self._tasks.start_soon(uploading.run)
@@ -303,7 +311,14 @@ class Attempts:
         Not 100, which was said here to a client that asked; HTTP/1.0 knows none.
         """
         if head.status != 100 and self._asked.head.minor == 1:
-            await self._client.send(interim_for_client(head))
+            await self._tell(interim_for_client(head))
+
+    async def _tell(self, words: bytes) -> None:
+        """Send the client what goes before an answer, within the time that an answer has."""
+        with trio.move_on_after(self._first_byte_timeout) as telling:
+            await self._client.send(words)
+        if telling.cancelled_caught:
+            raise FirstByteTimeout
 
     async def _read_first(self, exchange: Exchange, body: Body) -> bytes:
         """Return the first payload, or nothing where there is none.

@@ -179,6 +179,7 @@ class Request:
             upstreams=shared.upstreams,
             metrics=shared.metrics,
             count_decision=shared.count_decision,
+            deadlines=shared.deadlines,
             first_byte_timeout=self._settings.first_byte_timeout,
             tasks=tasks,
         )

@@ -80,6 +80,7 @@ class Gateway:
         """Accept clients until cancelled; then cut those that are left."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch.watch_forever)
+            nursery.start_soon(self._shared.deadlines.look_forever)
             nursery.start_soon(self._close_quiet_forever)
             await self._acceptor.serve_forever(self.serve_client, listeners)
             nursery.cancel_scope.cancel()

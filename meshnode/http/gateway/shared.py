@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from meshnode.http.gateway.access import Access
 from meshnode.http.gateway.attempts import Chooser
+from meshnode.http.gateway.deadlines import Deadlines
 from meshnode.http.gateway.listing import Listing
 from meshnode.http.gateway.settings import GatewaySettings
 from meshnode.metrics import Metrics
@@ -37,6 +38,7 @@ class Shared:
         self.metrics = metrics
         self.settings = settings
         self.tracer = tracer
+        self.deadlines = Deadlines()
         self.count_to_client = metrics.tunnel_bytes.labels(direction="to_client").inc
         self._kept_bytes = 0
         self._outcomes: dict[str, Callable[[], None]] = {}

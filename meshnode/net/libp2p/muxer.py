@@ -37,6 +37,9 @@ _MESSAGES_PER_WRITE = 4
 # the other side to close, since closing first would destroy what it has not read yet.
 _FLUSH_LIMIT = 1.0  # seconds
 _GOODBYE_LIMIT = 0.25  # seconds
+# How long bytes that nobody waits for are held back, so that they leave with others: longer than
+# an engine that answers at once takes on a busy machine, shorter than anybody would notice.
+_HOLD = 0.005  # seconds
 # How long an abandoned stream waits for the other side to finish too.
 _LINGER = 30.0  # seconds
 # libp2p's reaction to a lost connection may notify a dozen parts; it must not hold up a node's end.
@@ -77,6 +80,7 @@ class YamuxConn(IMuxedConn):
         self._arrivals = trio.Event()
         self._pings: dict[int, trio.Event] = {}
         self._lingers = trio.Event()
+        self._holds = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._is_closing = False
         self._hurry_at = math.inf  # when closing stops to wait for windows that are full
@@ -126,6 +130,7 @@ class YamuxConn(IMuxedConn):
                 nursery.start_soon(self._read_until_end)
                 nursery.start_soon(self._write_until_goodbye)
                 nursery.start_soon(self._end_lingering_forever)
+                nursery.start_soon(self._release_held_forever)
                 self.event_started.set()
         finally:
             await self._finish()
@@ -213,6 +218,10 @@ class YamuxConn(IMuxedConn):
         self._core.linger(state, until=trio.current_time() + _LINGER)
         self._lingers.set()
 
+    def hold(self) -> None:
+        """See to it that what is held leaves after a moment at the latest."""
+        self._holds.set()
+
     def unlinger(self, state: Stream) -> None:
         """Somebody reads on: the stream is theirs to end."""
         self._core.lingering.pop(state, None)
@@ -281,6 +290,18 @@ class YamuxConn(IMuxedConn):
             else:
                 self._lingers = trio.Event()
                 await self._lingers.wait()
+
+    async def _release_held_forever(self) -> None:
+        core = self._core
+        while True:
+            if not core.held:
+                self._holds = trio.Event()
+                await self._holds.wait()
+            # One nap for all of them: each is held for once or twice its time.
+            due = tuple(core.held)
+            await trio.sleep(_HOLD)
+            core.release(due)
+            self.kick()
 
     # The end.
 

@@ -72,6 +72,16 @@ class YamuxStream(IMuxedStream):
         finally:
             self._sending.release()
 
+    async def send_soon(self, data: bytes) -> None:
+        """Queue ``data`` to leave with what is sent next on this stream, or after a moment."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        left = data
+        if not self._sending.locked():
+            left = data[self._state.write(memoryview(data), soon=True) :]
+            self.muxed_conn.hold()
+        if left:
+            await self.send_all(left)
+
     async def send_eof(self) -> None:
         """Say that nothing more will be sent; receiving goes on."""
         self._state.finish()

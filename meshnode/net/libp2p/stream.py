@@ -10,6 +10,7 @@ class MuxedBytes(Protocol):
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes: ...
     async def send_all(self, data: bytes) -> None: ...
+    async def send_soon(self, data: bytes) -> None: ...
     async def send_eof(self) -> None: ...
     async def aclose(self) -> None: ...
     def abort(self) -> None: ...
@@ -22,9 +23,10 @@ class Libp2pStream:
         self._muxed = muxed
         self.peer_id = peer_id
         self.protocol_id = protocol_id
-        # Bound once: the two calls of the hot path cost no further frame.
+        # Bound once: the calls of the hot path cost no further frame.
         self.receive_some = muxed.receive_some
         self.send_all = muxed.send_all
+        self.send_soon = muxed.send_soon
 
     def __repr__(self) -> str:
         return f"<stream {self.protocol_id} with {self.peer_id}>"

@@ -10,6 +10,7 @@ Source: hashicorp/yamux spec.md, and what go-yamux and js-yamux do where it is s
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from meshnode.errors import PeerRefused, PeerUnreachable, WireError
 from meshnode.net.libp2p.yamux_frames import (
@@ -54,6 +55,8 @@ class Connection:
         self.queued = 0  # bytes in all outboxes
         # Streams that this side is done with -> when to give up on the other; oldest first.
         self.lingering: dict[Stream, float] = {}
+        # Streams whose bytes wait for more to leave with them, as long as the shell lets them.
+        self.held: dict[Stream, None] = {}
         self.ended: str | None = None  # why the connection is over
         self.peer_leaves = False  # its GO_AWAY came
         self.said_goodbye = False  # own GO_AWAY was handed out: the last frame of all
@@ -278,11 +281,19 @@ class Connection:
         """Put the stream in the queue of senders if it has something to send."""
         if stream.gone:
             return
+        if self.held:
+            self.held.pop(stream, None)
         if not stream.id:
             self.announce(stream)
         if not stream.scheduled and stream.sendable:
             stream.scheduled = True
             self._ready.append(stream)
+
+    def release(self, streams: Iterable[Stream]) -> None:
+        """Let what is still held on these streams leave with the next message."""
+        for stream in streams:
+            if stream in self.held:
+                self.schedule(stream)
 
     def owe(self, stream: Stream) -> None:
         """Tell the peer of the stream's credit."""
@@ -307,6 +318,7 @@ class Connection:
         self._waiting.pop(stream, None)
         self.streams.pop(stream.id, None)
         self.lingering.pop(stream, None)
+        self.held.pop(stream, None)
         self._owing.pop(stream, None)
         self._acks.pop(stream, None)
         if stream.outbound:

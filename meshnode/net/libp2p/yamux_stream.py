@@ -108,8 +108,12 @@ class Stream:
             self._connection.announce(self)
         return None
 
-    def write(self, data: memoryview) -> int:
-        """Queue as much of ``data`` as there is room for; return how many bytes were taken."""
+    def write(self, data: memoryview, *, soon: bool = False) -> int:
+        """Queue as much of ``data`` as there is room for; return how many bytes were taken.
+
+        Args:
+            soon: let it wait for what is written next, or until ``Connection.release``.
+        """
         if self.aborted or self.fin_queued:
             raise StreamClosed("this stream was closed for sending on this side")
         if self.cut is not None:
@@ -119,7 +123,10 @@ class Stream:
             self._outbox.append(data[:size])
             self.queued += size
             self._connection.queued += size
-            self._connection.schedule(self)
+            if soon and self.id and not self.scheduled:
+                self._connection.held[self] = None
+            else:
+                self._connection.schedule(self)
         return size
 
     def finish(self) -> None:

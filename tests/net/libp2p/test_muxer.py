@@ -773,3 +773,31 @@ async def test_ten_thousand_exchanges_leave_one_connection_whole_and_empty() -> 
             assert not pair.there._core.lingering
             assert pair.here.is_established
             nursery.cancel_scope.cancel()
+
+
+async def test_bytes_that_nobody_waits_for_arrive_by_themselves_and_in_order() -> None:
+    with trio.fail_after(5):
+        async with memory_pair() as pair:
+            ours, theirs = await pair.streams()
+            for number in range(5):
+                await ours.send_soon(b"%d" % number)
+                assert await theirs.receive_some() == b"%d" % number
+            await ours.send_soon(b"a")
+            await ours.send_all(b"b")
+            await ours.send_soon(b"c")
+            await ours.send_eof()
+            received = b""
+            while data := await theirs.receive_some():
+                received += data
+            assert received == b"abc"
+            with pytest.raises(StreamClosed):
+                await ours.send_soon(b"d")
+
+
+async def test_a_connection_that_closes_sends_what_it_held_back() -> None:
+    with trio.fail_after(5):
+        async with memory_pair() as pair:
+            ours, theirs = await pair.streams()
+            await ours.send_soon(b"last words")
+            await pair.here.close()
+            assert await theirs.receive_some() == b"last words"

@@ -787,3 +787,65 @@ class TwoSides(RuleBasedStateMachine):
 
 TestTwoSides = TwoSides.TestCase
 TestTwoSides.settings = settings(max_examples=60, stateful_step_count=60)
+
+
+# Bytes that wait for others.
+
+
+def write_soon(stream: Stream, data: bytes) -> int:
+    return stream.write(memoryview(data), soon=True)
+
+
+def test_bytes_that_may_wait_leave_in_one_frame_with_the_next() -> None:
+    here, _, ours, _ = open_pair()
+    assert write_soon(ours, b"done") == 4
+    assert not here.has_output
+    write(ours, b"next")
+    assert sent_by(here) == [Frame(DATA, 0, 1, 8, b"donenext")]
+    assert not here.held
+
+
+def test_bytes_that_may_wait_leave_alone_once_they_are_released() -> None:
+    here, _, ours, _ = open_pair()
+    write_soon(ours, b"done")
+    here.release(tuple(here.held))
+    assert sent_by(here) == [Frame(DATA, 0, 1, 4, b"done")]
+    here.release([ours])  # whoever released them was late
+    assert not here.has_output
+
+
+def test_bytes_that_may_wait_leave_before_the_end_of_their_stream() -> None:
+    here, _, ours, _ = open_pair()
+    write_soon(ours, b"done")
+    ours.finish()
+    assert sent_by(here) == [Frame(DATA, FIN, 1, 4, b"done")]
+
+
+def test_bytes_that_may_wait_do_not_go_before_those_that_wait_for_credit() -> None:
+    here, there, ours, theirs = open_pair()
+    size = ours.send_credit
+    write(ours, bytes(size))
+    shuttle(here, there)
+    write(ours, b"first")
+    write_soon(ours, b"second")
+    while there.streams[1].unread:
+        theirs.read(size)
+    shuttle(here, there)
+    here.release(tuple(here.held))
+    shuttle(here, there)
+    assert theirs.read(100) == b"firstsecond"
+
+
+def test_a_reset_takes_with_it_what_may_wait() -> None:
+    here, _, ours, _ = open_pair()
+    write_soon(ours, b"done")
+    ours.reset()
+    assert not here.held
+    assert here.queued == 0
+    assert sent_by(here) == [Frame(WINDOW_UPDATE, RST, 1, 0)]
+
+
+def test_the_first_bytes_of_a_stream_wait_for_nobody() -> None:
+    connection = Connection(is_initiator=True)
+    write_soon(connection.open(), b"hello")
+    assert sent_by(connection) == [Frame(DATA, SYN, 1, 5, b"hello")]
