@@ -10,7 +10,7 @@ from functools import partial
 from typing import Protocol
 
 import structlog
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -117,6 +117,9 @@ def build_app(
     if events is not None:
         routes.append(Route("/api/events", events, methods=["GET"]))
     routes += [openapi.route(routes), *page.routes()]
+    # There from the start: an alert on its increase would not see a counter begin at one.
+    faults = (metrics or Metrics()).protocol_faults
+    failed = faults.labels(protocol="control_api", code="request_failed")
     app = Starlette(
         routes=routes,
         exception_handlers={
@@ -124,7 +127,7 @@ def build_app(
             MeshnodeError: _on_mesh_error,
             _BadParameter: _on_bad_parameter,
             BodyRefused: _on_body_refused,
-            Exception: partial(_on_bug, metrics or Metrics()),
+            Exception: partial(_on_bug, failed),
         },
     )
     # Otherwise /healthz/ would be answered by a redirect built from the client's Host header.
@@ -232,7 +235,7 @@ async def _on_mesh_error(request: Request, exc: Exception) -> Response:
     return error_response(500, "node_error", str(exc))
 
 
-async def _on_bug(metrics: Metrics, request: Request, exc: Exception) -> Response:
-    metrics.protocol_faults.labels(protocol="control_api", code="request_failed").inc()
+async def _on_bug(failed: Counter, request: Request, exc: Exception) -> Response:
+    failed.inc()
     _log.error("control_api_failed", path=request.url.path, error=repr(exc))
     return error_response(500, "internal_error", "the node failed to answer; its log says why")

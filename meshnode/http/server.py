@@ -141,7 +141,10 @@ class _Server:
     """What all connections of one server share."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._metrics = metrics
+        # There from the start: an alert on its increase would not see a counter begin at one.
+        self._failed = metrics.protocol_faults.labels(
+            protocol="control_api", code="connection_failed"
+        )
         self._app = wrap_app(app, 0, "asgi")  # type: ignore[arg-type]
         self._config = _hypercorn_config()
         self._context = WorkerContext(None)
@@ -204,8 +207,7 @@ class _Server:
             )
         # Hypercorn and h11 raise what they like over a client's bytes, and no client ends a node.
         except Exception as exc:  # noqa: BLE001
-            faults = self._metrics.protocol_faults
-            faults.labels(protocol="control_api", code="connection_failed").inc()
+            self._failed.inc()
             _log.error("control_api_connection_failed", error=repr(exc))
 
     async def _end(self, connections: trio.CancelScope) -> None:
