@@ -8,7 +8,8 @@
     ├── WireError               a peer broke a protocol; ``code`` is the SPEC's word for it
     ├── MeshError               something between this node and a peer
     │   ├── PeerUnreachable     no connection could be made, or it ended before an answer
-    │   │   └── OutOfDescriptors  not for want of the other side: no more files can be opened here
+    │   │   ├── OutOfDescriptors  not for want of the other side: no more files can be opened here
+    │   │   └── NoSuchPeer      nobody, or no single one, has that peer ID or name
     │   ├── PeerRefused         the peer said no (protocol not served, not a member)
     │   ├── TokenRefused        the peer, or we, don't accept the other's token (exit 5)
     │   ├── StreamReset         a stream or its connection was cut: what was read is not whole
@@ -75,6 +76,10 @@ class PeerUnreachable(MeshError):
 
 class OutOfDescriptors(PeerUnreachable):
     """This process, or this host, can open no more files; the other side is not to blame."""
+
+
+class NoSuchPeer(PeerUnreachable):
+    """Nobody has the peer ID or name that was asked for, several have it, or it is this node."""
 
 
 class PeerRefused(MeshError):

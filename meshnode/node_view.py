@@ -18,7 +18,7 @@ from meshnode.core.explain_request import ExplainRequest
 from meshnode.core.ledger import EntryState, LedgerEntry
 from meshnode.core.model_index import model_key
 from meshnode.core.model_router import ModelRequest
-from meshnode.errors import PeerUnreachable
+from meshnode.errors import NoSuchPeer, PeerUnreachable
 from meshnode.gpu.monitor import GpuMonitor
 from meshnode.http import localai, views
 from meshnode.http.events import Feed
@@ -221,11 +221,11 @@ class LiveView:
         named = [found] if found else [e for e in ledger.entries() if e.node.name == peer]
         if len(named) != 1:
             how_many = f"{len(named)} nodes are" if named else "no node is"
-            raise PeerUnreachable(
+            raise NoSuchPeer(
                 f"{how_many} called {peer!r}; see meshnode peers, and give the peer ID"
             )
         if named[0].peer_id == self._mesh.peer_id:
-            raise PeerUnreachable(f"{peer!r} is this node itself")
+            raise NoSuchPeer(f"{peer!r} is this node itself; see meshnode peers for the others")
         return named[0]
 
     def drain(self) -> dict[str, object]:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from meshnode.config import DEFAULT_API
-from meshnode.errors import ConfigError, MeshnodeError, NoCandidate, NodeNotRunning
+from meshnode.errors import (
+    ConfigError,
+    MeshnodeError,
+    NoCandidate,
+    NodeNotRunning,
+    NoSuchPeer,
+    PeerUnreachable,
+)
 from meshnode.values import ApiAddress, HostPort, UnixSocket, parse_api_address
 
 if TYPE_CHECKING:
@@ -67,6 +74,8 @@ def ask(
     Raises:
         NodeNotRunning: nobody answers there.
         NoCandidate: the node says that nobody can serve.
+        NoSuchPeer: it knows no peer, or no single one, of that peer ID or name.
+        PeerUnreachable: it can't reach the peer.
         MeshnodeError: the node refuses, or something else than a node answers.
     """
     from urllib.parse import urlencode
@@ -205,6 +214,10 @@ def _refusal(api: Api, status: int, body: Mapping[str, object]) -> MeshnodeError
     code = error.get("code") if isinstance(error, dict) else None
     if code == "no_candidate":
         return NoCandidate(message)
+    if code == "no_such_peer":
+        return NoSuchPeer(message)
+    if code == "peer_unreachable":
+        return PeerUnreachable(message)
     if code == "api_key_required":
         return ConfigError(
             f"the node at {api.address} wants its API key; say --api-key-file FILE, "

@@ -12,7 +12,7 @@ import typer
 from meshnode.cli.api_client import ask, find_api
 from meshnode.cli.output import plain, say
 from meshnode.cli.queries import ApiOption, JsonOption, KeyOption
-from meshnode.errors import MeshnodeError, NodeNotRunning, PeerUnreachable
+from meshnode.errors import NoSuchPeer, PeerUnreachable
 
 _MAX_COUNT = 10_000
 
@@ -44,9 +44,9 @@ def ping(
             time.sleep(interval)
         try:
             answer = ask(found, "/api/ping", {"peer": peer})
-        except NodeNotRunning:
-            raise
-        except MeshnodeError as exc:
+        except NoSuchPeer:
+            raise  # asking again would find nobody either
+        except PeerUnreachable as exc:
             _tell(as_json, {"peer": peer, "error": str(exc)}, f"{plain(peer)}: {exc}")
             continue
         rtt = answer.get("rtt_ms")

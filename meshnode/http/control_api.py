@@ -20,7 +20,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from meshnode.core.explain_request import MAX_BYTES, ExplainRequest, parse_explain
-from meshnode.errors import MeshnodeError, NoCandidate, ParseError, PeerUnreachable
+from meshnode.errors import (
+    MeshnodeError,
+    NoCandidate,
+    NoSuchPeer,
+    ParseError,
+    PeerUnreachable,
+)
 from meshnode.http import openapi, page
 from meshnode.http.answers import HEADERS, error_response
 from meshnode.http.body import BodyRefused, read_body
@@ -65,7 +71,8 @@ class NodeView(Protocol):
         """Return one round trip to a peer, named by peer ID or by name.
 
         Raises:
-            PeerUnreachable: nobody is called that, or it can't be reached.
+            NoSuchPeer: nobody is called that.
+            PeerUnreachable: it can't be reached.
         """
         ...
 
@@ -230,6 +237,8 @@ async def _on_mesh_error(request: Request, exc: Exception) -> Response:
         return error_response(503, "no_candidate", str(exc))
     if isinstance(exc, ParseError):
         return error_response(400, "invalid_request", str(exc), param=exc.param)
+    if isinstance(exc, NoSuchPeer):
+        return error_response(404, "no_such_peer", str(exc), param="peer")
     if isinstance(exc, PeerUnreachable):
         return error_response(504, "peer_unreachable", str(exc))
     return error_response(500, "node_error", str(exc))

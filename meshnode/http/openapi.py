@@ -329,9 +329,12 @@ def _paths() -> dict[str, object]:
         ),
         "/api/ping": _get(
             "One round trip to a peer",
-            _body({}),
+            _body({"peer_id": _TEXT, "name": _TEXT, "rtt_ms": _NUMBER}),
             parameters=(_query("peer", "A peer ID or a name", required=True),),
-            others={"504": "The peer can't be reached"},
+            others={
+                "404": "Nobody else, or no single one, is called so",
+                "504": "The peer can't be reached",
+            },
         ),
         "/api/events": _get(
             "What changes, as server-sent events: a snapshot, then what differs",
@@ -341,7 +344,14 @@ def _paths() -> dict[str, object]:
         ),
         "/api/drain": _get(
             "Take nothing new, finish what runs, and leave",
-            _body({}),
+            _body(
+                {
+                    "state": {"const": "draining"},
+                    "served_here": _COUNT,
+                    "sent_elsewhere": _COUNT,
+                    "grace_s": _NUMBER,
+                }
+            ),
             needs_key=True,
             is_post=True,
             status="202",

@@ -12,7 +12,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from meshnode.cli import run
-from meshnode.errors import NoCandidate, PeerUnreachable
+from meshnode.errors import NoCandidate, NoSuchPeer, PeerUnreachable
 from meshnode.http.control_api import build_app
 from meshnode.http.guard import Access
 from meshnode.http.server import bind, serve_forever
@@ -80,7 +80,9 @@ class SomeNode:
 
     async def ping(self, peer):
         if peer == "nobody":
-            raise PeerUnreachable("no node is called 'nobody'; see meshnode peers")
+            raise NoSuchPeer("no node is called 'nobody'; see meshnode peers")
+        if peer == "gone":
+            raise PeerUnreachable("gone did not answer within 4 s")
         return {"peer_id": OTHER, "name": peer, "rtt_ms": 1.5}
 
     def readiness(self):
@@ -260,11 +262,21 @@ async def test_ping_in_json_is_one_line_for_each_round_trip(api, capsys):
     assert [json.loads(line)["rtt_ms"] for line in lines] == [1.5, 1.5]
 
 
-async def test_a_ping_of_nobody_ends_with_1(api, capsys):
-    assert await meshnode("ping", "nobody", "-c", "1", "--api", api) == 1
+async def test_a_ping_of_nobody_is_not_tried_again_and_ends_with_1(api, capsys):
+    with trio.fail_after(30):  # four round trips would be a minute apart
+        assert await meshnode("ping", "nobody", "--interval", "60", "--api", api) == 1
     out, err = capsys.readouterr()
-    assert "no node is called" in out
-    assert "none of 1 round trips to nobody came back" in err
+    assert out == ""
+    assert err == "error: no node is called 'nobody'; see meshnode peers\n"
+
+
+async def test_a_ping_of_a_peer_that_is_gone_is_tried_as_often_as_asked_and_ends_with_1(
+    api, capsys
+):
+    assert await meshnode("ping", "gone", "-c", "2", "--interval", "0", "--api", api) == 1
+    out, err = capsys.readouterr()
+    assert out == "gone: gone did not answer within 4 s\n" * 2
+    assert "none of 2 round trips to gone came back" in err
 
 
 async def test_top_piped_is_shown_once(api, capsys):

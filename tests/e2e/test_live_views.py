@@ -73,3 +73,7 @@ def test_ping_reaches_a_peer_by_name_and_names_one_that_is_gone(cluster):
     done = cluster.run(*asked, "-c", "1")
     assert done.returncode == 1
     assert "error" in json.loads(done.stdout.splitlines()[0])
+    for wrong, why in (("nobody", "no node is called 'nobody'"), ("host8", "is this node itself")):
+        done = cluster.run("ping", wrong, "--interval", "60", "--api", host.ready["api"])
+        assert (done.returncode, done.stdout) == (1, "")
+        assert why in done.stderr and "meshnode peers" in done.stderr

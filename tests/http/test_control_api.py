@@ -11,7 +11,7 @@ import trio
 from prometheus_client import CollectorRegistry, Gauge
 
 from meshnode.core.explain_request import MAX_BYTES
-from meshnode.errors import ListenFailed, NoCandidate, PeerUnreachable, UnknownModel
+from meshnode.errors import ListenFailed, NoCandidate, NoSuchPeer, PeerUnreachable, UnknownModel
 from meshnode.http import body, server
 from meshnode.http.control_api import build_app
 from meshnode.http.guard import Access, make_local_key
@@ -52,6 +52,8 @@ class SomeNode:
         }
 
     async def ping(self, peer):
+        if peer == "nobody":
+            raise NoSuchPeer("no node is called 'nobody'; see meshnode peers")
         if peer == "gone":
             raise PeerUnreachable("gone did not answer within 4 s")
         return {"peer_id": peer, "rtt_ms": 0.5}
@@ -200,6 +202,7 @@ async def test_a_body_that_stops_coming_is_given_up(api, monkeypatch):
         ("GET", "/api/explain?service=none", 503, "no_candidate", None),
         ("GET", "/api/explain?service=bug", 500, "internal_error", None),
         ("GET", "/api/ping", 400, "missing_parameter", "peer"),
+        ("GET", "/api/ping?peer=nobody", 404, "no_such_peer", "peer"),
         ("GET", "/api/ping?peer=gone", 504, "peer_unreachable", None),
         ("GET", "/api/ping?count=9", 400, "unknown_parameter", "count"),
     ],
