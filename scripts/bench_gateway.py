@@ -301,7 +301,7 @@ def freed(tell: Callable[[str], None], path: Nodes, window: str, count: int) -> 
     took = client("leave", window, count, path.engine, path.entry)
     note = f"p50 {took['p50_ms']:.1f} ms, longest {took['max_ms']:.1f} ms of {count}"
     label = f"engine freed when its client leaves {where}, p99"
-    return Row(f"freed_{window}_p99_ms", label, took["p99_ms"], "ms", "≤ 100 ms", note)
+    return Row(f"freed_{window}_p99_ms", label, took["p99_ms"], "ms", at_most=100, note=note)
 
 
 def first_token(tell: Callable[[str], None]) -> Row:
