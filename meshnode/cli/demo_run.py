@@ -126,8 +126,7 @@ class _Demo:
         with trio.move_on_after(_JOIN_LIMIT):
             while True:
                 peers = maps((await _ask(proxy, "/api/peers"))["peers"])
-                offering = [p for p in peers if p["online"] and p["services"] and p["connected"]]
-                if len(offering) == len(SIZES):
+                if sum(map(can_be_picked, peers)) == len(SIZES):
                     return
                 await trio.sleep(_POLL)
         raise MeshnodeError(f"the proxy did not find all three nodes in {_JOIN_LIMIT:g} s")
@@ -179,6 +178,16 @@ class _Demo:
     def _write(self, text: str) -> None:
         self._console.file.write(text)
         self._console.file.flush()
+
+
+def can_be_picked(peer: Mapping[str, object]) -> bool:
+    """Whether the proxy knows all of a peer that routing goes by.
+
+    A node is announced before its engine was asked for its models, and until then one that is
+    known to have the model goes before it.
+    """
+    models = [service["models"] for service in maps(peer["services"])]
+    return bool(peer["online"] and peer["connected"] and [_MODEL] in models)
 
 
 async def _ask(node: DemoNode, path: str) -> dict[str, object]:

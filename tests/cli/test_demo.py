@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from meshnode.cli.demo_run import can_be_picked
+
 # Two cores shared with other tests; alone it takes 8 s.
 LIMIT = 90
 
@@ -29,6 +31,15 @@ def wait_until_it_stays(process: subprocess.Popen[str]) -> list[psutil.Process]:
         if "Try:" in line:
             return psutil.Process(process.pid).children()
     raise AssertionError(process.stderr.read())
+
+
+def test_a_node_whose_engine_was_not_asked_yet_is_waited_for() -> None:
+    peer = {"online": True, "connected": True, "services": [{"models": ["demo-model"]}]}
+    assert can_be_picked(peer)
+    assert not can_be_picked(peer | {"services": [{"models": []}]})
+    assert not can_be_picked(peer | {"services": []})
+    assert not can_be_picked(peer | {"online": False})
+    assert not can_be_picked(peer | {"connected": False})
 
 
 @pytest.mark.slow
