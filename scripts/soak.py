@@ -260,7 +260,8 @@ class Soak:
             return
         event, level = said.get("event", ""), said.get("level", "")
         if event == "peer_offline" and self.began:
-            self.judge_eviction(host, str(said.get("peer_id")), str(said.get("reason")))
+            why = f"{said.get('reason')}: {said.get('error')}"
+            self.judge_eviction(host, str(said.get("peer_id")), why)
         if level in ("warning", "error", "critical"):
             # While all start at once on few cores, they are as late as they are.
             if not self.began and level == "warning":

@@ -80,7 +80,8 @@ def test_three_real_nodes_a_death_and_the_nodes_restart_are_seen_as_they_happen(
     eventually(lambda: look.states()["host24"] == "offline", within=20)
     took = monotonic() - killed
     assert "host24" in page.locator("#changes").inner_text()
-    assert took < SEEN_DEAD_WITHIN + 8, f"{took:.1f} s"  # liveness itself is held elsewhere
+    # With slack for a busy machine; liveness itself is held elsewhere.
+    assert took < 2 * SEEN_DEAD_WITHIN, f"{took:.1f} s"
     print(f"a killed host was seen dead on the page after {took:.2f} s")
     look.keep("three-nodes-one-dead")
     assert look.complaints == []
