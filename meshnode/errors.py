@@ -8,6 +8,7 @@
     ├── WireError               a peer broke a protocol; ``code`` is the SPEC's word for it
     ├── MeshError               something between this node and a peer
     │   ├── PeerUnreachable     no connection could be made, or it ended before an answer
+    │   │   ├── PeerLate          somebody listens there, but did not get round to an answer in time
     │   │   ├── OutOfDescriptors  not for want of the other side: no more files can be opened here
     │   │   └── NoSuchPeer      nobody, or no single one, has that peer ID or name
     │   ├── PeerRefused         the peer said no (protocol not served, not a member)
@@ -72,6 +73,10 @@ class MeshError(MeshnodeError):
 
 class PeerUnreachable(MeshError):
     """No connection to the peer could be made, or it ended before an answer came."""
+
+
+class PeerLate(PeerUnreachable):
+    """A connection was taken, but no answer came in time: the peer is stopped, or just busy."""
 
 
 class OutOfDescriptors(PeerUnreachable):

@@ -10,7 +10,7 @@ import trio
 
 from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
-from meshnode.errors import ConfigError, MeshError, PeerUnreachable, TokenRefused
+from meshnode.errors import ConfigError, MeshError, PeerLate, PeerUnreachable, TokenRefused
 from meshnode.net.mesh import Mesh
 from meshnode.net.rng import Rng
 
@@ -195,6 +195,7 @@ class Dialler:
 
         Raises:
             PeerUnreachable: none of its addresses leads to it.
+            PeerLate: of these, at one of them the connection was taken.
             TokenRefused: it has another token.
         """
         failure: MeshError = PeerUnreachable(f"{peer_id} told no address")
@@ -203,10 +204,11 @@ class Dialler:
                 return
             try:
                 await self._mesh.dial(addr, timeout=PROBE_TIMEOUT)
-            except ConfigError as exc:
-                failure = PeerUnreachable(f"{peer_id} told a bad address: {exc}")
-            except PeerUnreachable as exc:
-                failure = exc
+            except (ConfigError, PeerUnreachable) as exc:
+                if isinstance(exc, ConfigError):
+                    exc = PeerUnreachable(f"{peer_id} told a bad address: {exc}")
+                if not isinstance(failure, PeerLate):  # which says more than a dead address does
+                    failure = exc
             else:
                 self._remember(peer_id, addr)
                 return

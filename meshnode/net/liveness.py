@@ -14,7 +14,7 @@ import trio
 
 from meshnode.core.ledger import Ledger
 from meshnode.core.self_check import seems_to_be_us, silent_links
-from meshnode.errors import MeshError, PeerUnreachable
+from meshnode.errors import MeshError, PeerLate, PeerUnreachable
 from meshnode.metrics import Metrics
 from meshnode.net.dialler import Dialler
 from meshnode.net.mesh import Link, LinkEvent, LinkState, Mesh
@@ -34,6 +34,8 @@ _GRACE = 0.1  # seconds
 _STALL = 1.0  # seconds
 # A closed connection is tried again twice, so that a flapping link evicts nobody.
 _SECOND_TRY = 0.2  # seconds after the first
+# Whoever takes a connection after that, but is too busy to prove itself, has so long in all.
+_LATE_LIMIT = 8.0  # seconds since its link ended
 # Who told no address can only dial itself; it gets this long to do so.
 _LET_IT_DIAL = 1.0  # seconds
 # Bytes alone do not bring back, at once, a peer that answers pings but opens no streams.
@@ -122,22 +124,35 @@ class Liveness:
         """Try the peer again; take it out if it can't be reached.
 
         Twice, as one failure may be a busy host's: whoever is dead refuses twice within
-        milliseconds, and whoever is only late is suspected meanwhile.
+        milliseconds, and whoever is only late is suspected meanwhile. Who takes the connection
+        and gives no answer is alive or stopped: it gets longer, and may be heard meanwhile.
         """
         peer_id = event.peer_id
         if not self._is_online(peer_id):
             return  # it said goodbye, or was found dead already
-        error = await self._redial(peer_id)
-        if error is not None:
-            self._ledger.suspect(peer_id, f"{event.reason}; {error}", trio.current_time())
+        lost_at = trio.current_time()
+        failure = await self._redial(peer_id)
+        if failure is not None:
+            self._ledger.suspect(peer_id, f"{event.reason}; {failure}", trio.current_time())
             await trio.sleep(_SECOND_TRY)
-            error = await self._redial(peer_id)
-        while error is not None and self._suspects_itself():
-            self._suspect(peer_id, self._self_suspicion)
+            failure = await self._redial(peer_id)
+        while failure is not None and self._may_be_there(peer_id, failure, lost_at):
+            if self._suspects_itself():
+                self._suspect(peer_id, self._self_suspicion)
             await trio.sleep(_SELF_CHECK_INTERVAL)
-            error = await self._redial(peer_id)
-        if error is not None:
-            self._lose(peer_id, "link_lost", f"{event.reason}; {error}")
+            failure = await self._redial(peer_id)
+        # What is heard of one that refuses was under way when it died.
+        is_heard = isinstance(failure, PeerLate) and self._heard_since(peer_id, lost_at)
+        if failure is not None and not is_heard:
+            self._lose(peer_id, "link_lost", f"{event.reason}; {failure}")
+
+    def _may_be_there(self, peer_id: str, failure: MeshError, lost_at: float) -> bool:
+        """Whether a peer that can't be dialled now may still answer, or this node is at fault."""
+        if self._suspects_itself():
+            return True
+        if not isinstance(failure, PeerLate) or self._heard_since(peer_id, lost_at):
+            return False
+        return trio.current_time() < max(lost_at, self._last_stall) + _LATE_LIMIT
 
     def take_out(self, peer_id: str, reason: str, error: str) -> None:
         """Drop the peer from the candidates at once; a life sign brings it back."""
@@ -146,7 +161,7 @@ class Liveness:
             self._metrics.ejections.labels(reason=reason).inc()
             log.info("peer_offline", peer_id=peer_id, reason=reason, error=error)
 
-    async def _redial(self, peer_id: str) -> str | None:
+    async def _redial(self, peer_id: str) -> MeshError | None:
         """Return why there is no link to the peer, after one try; None if there is."""
         try:
             # Not ``connect``: its failure may be that of a dial that waits for its turn.
@@ -154,7 +169,7 @@ class Liveness:
         except MeshError as exc:
             if not self._dialler.addrs_of(peer_id):
                 await trio.sleep(_LET_IT_DIAL)  # only it can dial: let it
-            return None if self._dialler.is_linked(peer_id) else str(exc)
+            return None if self._dialler.is_linked(peer_id) else exc
         return None
 
     # Peers that others say are lost

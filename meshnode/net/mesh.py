@@ -154,6 +154,7 @@ class Mesh(Protocol):
 
         Raises:
             PeerUnreachable: nobody answered there in time, or not with that peer ID.
+            PeerLate: of these, who took the connection and gave no answer in time.
             TokenRefused: membership failed.
             ConfigError: ``addr`` is no such multiaddr.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import trio
 
-from meshnode.errors import PeerUnreachable
+from meshnode.errors import PeerLate, PeerUnreachable
 
 BOTH = 2.0  # seconds: links stand and announcements went round
 
@@ -96,6 +96,79 @@ async def test_a_question_that_was_open_while_this_node_stood_still_is_asked_aga
     assert state_of(a, b)[0] == state_of(b, a)[0] == "up"
     for node in (a, b, c):
         assert node.counted("ejections_total", reason="ping_timeout") == 0
+
+
+@pytest.fixture
+def redials_fail(monkeypatch):
+    """Make every dial of a node fail as told after a while; end that by calling what it returns."""
+
+    def fail(node, failure, *, after):
+        dial = node.mesh.dial
+
+        async def fail_to_dial(addr, *, timeout):
+            await trio.sleep(min(after, timeout))
+            raise failure
+
+        monkeypatch.setattr(node.mesh, "dial", fail_to_dial)
+        return lambda: monkeypatch.setattr(node.mesh, "dial", dial)
+
+    return fail
+
+
+async def test_one_that_takes_connections_but_is_too_busy_to_answer_is_suspect_first(
+    trio_of_nodes, network, redials_fail, wait_until, autojump_clock
+):
+    a, b, _ = trio_of_nodes
+    restore = redials_fail(a, PeerLate("did not answer within 2 s"), after=2)
+    redials_fail(b, PeerLate("did not answer within 2 s"), after=2)
+    network.sever(a.mesh, b.mesh)
+    await trio.sleep(6)
+    assert state_of(a, b)[0] == "suspect"
+    restore()
+    await wait_until(lambda: state_of(a, b)[0] == "up", within=4)
+    assert a.counted("ejections_total", reason="link_lost") == 0
+
+
+async def test_one_that_takes_connections_and_never_answers_is_out_in_the_end(
+    make_node, start, wait_until, network, redials_fail, autojump_clock
+):
+    a = make_node("a")
+    b = make_node("b", bootstraps=[a.addr])
+    await start(a, b)
+    await wait_until(lambda: a.online() == b.online() == set("ab"), within=5)
+    for node in (a, b):
+        redials_fail(node, PeerLate("did not answer within 2 s"), after=2)
+    await trio.sleep(10)
+    network.sever(a.mesh, b.mesh)
+    assert 8 <= await wait_until(lambda: a.online() == {"a"}, within=15) <= 11
+    assert "did not answer within 2 s" in state_of(a, b)[1]
+
+
+async def test_one_that_is_heard_meanwhile_is_not_lost_for_being_late(
+    trio_of_nodes, network, redials_fail, autojump_clock
+):
+    """It is too busy for a handshake, and others pass on what it announces."""
+    a, b, _ = trio_of_nodes
+    for node in (a, b):
+        redials_fail(node, PeerLate("did not answer within 2 s"), after=2)
+    network.sever(a.mesh, b.mesh)
+    await trio.sleep(1)
+    b.announcer.say_now()
+    await trio.sleep(20)
+    assert a.counted("ejections_total", reason="link_lost") == 0
+    assert "b" in a.online()
+
+
+async def test_one_that_refuses_is_out_at_once_whatever_is_still_heard_of_it(
+    trio_of_nodes, network, redials_fail, autojump_clock
+):
+    a, b, _ = trio_of_nodes
+    for node in (a, b):
+        redials_fail(node, PeerUnreachable("connection refused"), after=0.01)
+    network.sever(a.mesh, b.mesh)
+    b.announcer.say_now()
+    await trio.sleep(0.5)
+    assert a.counted("ejections_total", reason="link_lost") == 1
 
 
 async def test_a_dead_peer_is_out_before_its_link_has_been_closed(

@@ -18,6 +18,7 @@ from meshnode.core.membership import BLOCKED, Refusal
 from meshnode.errors import (
     MeshError,
     MeshnodeError,
+    PeerLate,
     PeerRefused,
     PeerUnreachable,
     StreamReset,
@@ -218,9 +219,17 @@ class Gate:
             direct: whether it leads there without a relay.
 
         Raises:
-            PeerUnreachable, TokenRefused: as ``Mesh.dial``.
+            PeerUnreachable, PeerLate, TokenRefused: as ``Mesh.dial``.
         """
         where = f"{peer_id} at {multiaddr}"
+        is_taken = False
+
+        async def open_and_note() -> RawStream:
+            nonlocal is_taken
+            raw = await open_raw()
+            is_taken = True
+            return raw
+
         kept_out = self._membership.now.objection(peer_id)
         if kept_out is not None:
             raise PeerUnreachable(f"{peer_id} is not dialled: {kept_out}")
@@ -228,9 +237,10 @@ class Gate:
             async with self._only_dial_to(peer_id):
                 link = self._links.get(peer_id)
                 if link is None or (direct and link.via is not None):
-                    await self._dial(peer_id, where, open_raw)
+                    await self._dial(peer_id, where, open_and_note)
         if scope.cancelled_caught:
-            raise PeerUnreachable(f"{where} did not answer within {timeout:g} s")
+            kind = PeerLate if is_taken else PeerUnreachable
+            raise kind(f"{where} did not answer within {timeout:g} s")
 
     async def _dial(self, peer_id: str, where: str, open_raw: OpenRaw) -> None:
         conn = await self.connect(peer_id, where, open_raw)

@@ -15,6 +15,7 @@ from multiaddr import Multiaddr
 from meshnode.errors import (
     ConfigError,
     ListenFailed,
+    PeerLate,
     PeerRefused,
     PeerUnreachable,
     StreamReset,
@@ -237,6 +238,24 @@ async def test_a_peer_with_another_id_than_dialled_is_not_taken(make_node, run_n
             assert not two.links()
             # The failure is not remembered against the right address.
             await two.dial(one.addrs[0], timeout=2)
+
+
+async def test_who_takes_a_connection_and_says_nothing_is_late_and_who_refuses_is_not(
+    make_node, run_nodes
+):
+    """The one is stopped or busy and may answer yet, the other is gone."""
+    one, other = make_node(), make_node()
+    with trio.fail_after(5):
+        async with run_nodes(one):
+            (mute,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            port = mute.socket.getsockname()[1]
+            addr = f"/ip4/127.0.0.1/tcp/{port}/p2p/{other.peer_id}"
+            async with mute:
+                with pytest.raises(PeerLate, match=r"within 0.3 s"):
+                    await one.dial(addr, timeout=0.3)
+            with pytest.raises(PeerUnreachable) as refused:
+                await one.dial(addr, timeout=2)
+            assert not isinstance(refused.value, PeerLate)
 
 
 async def test_a_restarted_peer_is_reached_at_once(make_node, run_nodes):
