@@ -283,9 +283,9 @@ class Cluster:
     def engine(self, name: str, *args: str) -> Engine:
         return self.start_engine(name, *args).wait_ready()
 
-    def hosts(self, *vram: int) -> list[Node]:
+    def hosts(self, *vram: int, engine_args: tuple[str, ...] = ()) -> list[Node]:
         """One host per entry of ``vram`` (GiB), each before an engine named as the host."""
-        engines = [self.start_engine(f"host{gib}") for gib in vram]
+        engines = [self.start_engine(f"host{gib}", *engine_args) for gib in vram]
         nodes: list[Node] = []
         for gib, engine in zip(vram, engines, strict=True):
             service = f"llm={engine.wait_ready().address}"
