@@ -339,7 +339,7 @@ class Gate:
 
     def _take_as_member(self, conn: MeshConn) -> None:
         if conn.is_closed:
-            raise PeerRefused("the connection ended while membership was being proven")
+            raise StreamReset("the connection ended while membership was being proven")
         belonging = self._membership.now
         if conn.proven_by is None or not belonging.holds(conn.proven_by):
             raise PeerRefused("the key was withdrawn while membership was being proven")

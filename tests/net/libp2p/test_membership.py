@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import trio
 
 from meshnode.errors import PeerRefused, PeerUnreachable, StreamReset, TokenRefused
-from meshnode.net.libp2p import membership
+from meshnode.net.libp2p import gate, membership
 from meshnode.net.libp2p.limits import Limits
 from meshnode.net.libp2p.negotiate import propose
 from meshnode.net.libp2p.swarm import open_negotiated
 from meshnode.net.libp2p.tcp import TcpStream, open_tcp, parse_tcp_addr
 from meshnode.net.mesh import LinkState, MeshStream
+from support.pubsub_nodes import until
 
 KEY = b"k" * 32
 OTHER = b"o" * 32
@@ -207,6 +210,29 @@ async def test_garbage_for_a_proof_ends_the_connection_and_is_counted(
             assert not one.links()
             await two.dial(one.addrs[0], timeout=3)
     assert one.memberships("member") == 1
+
+
+async def test_a_dialler_that_dies_while_it_proves_membership_is_not_called_refused(
+    make_node, run_nodes, monkeypatch
+):
+    """Its token was right: a warning would send somebody to compare tokens."""
+    one, two = make_node(), make_node()
+    told: list[LinkState] = []
+    one.watch_links(lambda event: told.append(event.state))
+
+    async def prove_and_lose(*args: object, **options: object) -> bytes:
+        proven_by = await membership.prove_as_listener(*args, **options)
+        for conn in tuple(one._swarm.all_conns):
+            await conn.close("it was killed")
+        return proven_by
+
+    monkeypatch.setattr(gate, "prove_as_listener", prove_and_lose)
+    with trio.fail_after(10):
+        async with run_nodes(one, two, linked=False):
+            with suppress(PeerUnreachable):  # or it took itself for a member for a moment
+                await two.dial(one.addrs[0], timeout=1)
+            await until(lambda: one.memberships("broken") == 1)
+    assert LinkState.REFUSED not in told
 
 
 async def test_a_listener_that_never_answers_is_given_up(make_node, run_nodes):
