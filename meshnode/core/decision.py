@@ -5,7 +5,6 @@ Values only. The router makes them; the control API and the command line show th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from meshnode.core.clusterrouting import PolicyTier
@@ -36,8 +35,7 @@ class CandidateRow(NamedTuple):
     match_ratio: float | None = None  # of the prompt's blocks, how many were last served there
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """One pick, or what a pick would be."""
 
     at: float  # seconds on this node's monotonic clock

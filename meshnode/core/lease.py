@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import TracebackType
 from typing import Protocol
 
@@ -28,7 +27,7 @@ class Record:
         if self._end is None:
             return self._picked
         outcome, duration, retries = self._end
-        return replace(self._picked, outcome=outcome, duration=duration, retries=retries)
+        return self._picked._replace(outcome=outcome, duration=duration, retries=retries)
 
     def end(self, outcome: str, duration: float | None, retries: int | None) -> None:
         """Say how the request ended; the last word stays."""

@@ -81,6 +81,7 @@ def routes_by_body(method: str, path: str, content_type: str) -> bool:
     return method == "POST" and _endpoint(path) is not None
 
 
+@lru_cache(maxsize=64)  # asked twice for each request
 def is_form(content_type: str) -> bool:
     """Say whether the body is a multipart form, of which the beginning is enough."""
     return content_type.partition(";")[0].strip().lower() == "multipart/form-data"
@@ -134,7 +135,9 @@ def _plain(path: str) -> str:
 
 def _model(fields: canonical_prompt.Body, endpoint: _Endpoint) -> str | None:
     # Ollama takes keys in any case of letters; parse_object saw to it that only one is a model.
-    model = next((value for key, value in fields.items() if key.lower() == "model"), None)
+    model = fields.get("model")
+    if model is None:
+        model = next((value for key, value in fields.items() if key.lower() == "model"), None)
     for key in endpoint.model_keys:
         value = model if key == "model" else fields.get(key)
         if value is None:

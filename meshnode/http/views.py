@@ -6,7 +6,7 @@ Unknown values are null. Ages are seconds on this node's clock, so that no peer'
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from meshnode.core.circuit import Circuit
@@ -131,7 +131,7 @@ def live_rows(
 
 def live_decision(decision: Decision, *, now: float, rows: int) -> dict[str, object]:
     """Return one decision for the page: with a key, its moment, and at most ``rows`` candidates."""
-    view = decision_view(replace(decision, candidates=decision.candidates[:rows]), now=now)
+    view = decision_view(decision._replace(candidates=decision.candidates[:rows]), now=now)
     del view["age_s"]
     return {**view, "key": f"{decision.at:.6f}/{decision.attempt}", "at": round(decision.at, 3)}
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import trio
 
-from meshnode.errors import PeerRefused, StreamClosed, StreamReset
+from meshnode.errors import PeerRefused, PeerUnreachable, StreamClosed, StreamReset
 
 # A writer waits once this many bytes (per direction) are unread; the size yamux starts with.
 WINDOW_BYTES = 256 * 1024
@@ -125,6 +125,7 @@ class MemoryStream:
 
     def __init__(self, end: LinkEnd, stream_id: int, protocol_id: str) -> None:
         self.stream_id = stream_id
+        self.is_begun = False  # opened without waiting for the other side's word
         self._end = end
         self._protocol_id = protocol_id
         self._peer_id = end.peer_id
@@ -154,8 +155,7 @@ class MemoryStream:
             StreamReset: the link died first.
         """
         while not self._accepted:
-            if self._refused:
-                raise PeerRefused(f"{self._peer_id} does not serve {self._protocol_id}")
+            self._check_served()
             if self._cut is not None:
                 raise StreamReset(self._cut)
             await self._changed.park()
@@ -165,7 +165,10 @@ class MemoryStream:
         while True:
             if self._closed:
                 raise StreamClosed("this side already closed the stream")
+            self._check_served()
             if self._cut is not None:
+                if self.is_begun and not self._accepted:
+                    raise PeerUnreachable(self._cut)
                 raise StreamReset(self._cut)
             if self._inbound:
                 return self._take(max_bytes)
@@ -248,6 +251,10 @@ class MemoryStream:
             self._inbound.clear()
             self._end.drop_stream(self.stream_id)
             self._changed.unpark_all()
+
+    def _check_served(self) -> None:
+        if self._refused:
+            raise PeerRefused(f"{self._peer_id} does not serve {self._protocol_id}")
 
     def _check_sendable(self) -> None:
         if self._closed or self._eof_sent:

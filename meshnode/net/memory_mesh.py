@@ -236,6 +236,12 @@ class MemoryMesh:
             raise
         return stream
 
+    async def begin_stream(self, peer_id: str, protocol_id: str) -> MeshStream:
+        await trio.lowlevel.checkpoint()
+        stream = self._live_end(peer_id).open_stream(protocol_id)
+        stream.is_begun = True
+        return stream
+
     async def ping(self, peer_id: str, *, timeout: float) -> float:
         await trio.lowlevel.checkpoint()
         end = self._live_end(peer_id)

@@ -167,6 +167,18 @@ class Mesh(Protocol):
             PeerRefused: the peer does not serve ``protocol_id``, or is at its limit of streams.
         """
 
+    async def begin_stream(self, peer_id: str, protocol_id: str) -> MeshStream:
+        """Open a stream without waiting for the peer's word on it, which the first read brings.
+
+        That read also raises PeerRefused: the peer does not serve ``protocol_id``, and what was
+        sent reached nobody; and PeerUnreachable: the stream ended before the word came, and
+        nobody knows whom it reached.
+
+        Raises:
+            PeerUnreachable: no live link, or it died.
+            PeerRefused: the link is at its limit of streams.
+        """
+
     async def ping(self, peer_id: str, *, timeout: float) -> float:
         """Return one round trip to ``peer_id`` in seconds.
 

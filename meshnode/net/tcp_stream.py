@@ -7,6 +7,7 @@ call, which is a good part of what carrying a small message costs.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import select
 import socket
@@ -140,7 +141,7 @@ async def connect_tcp(host: str, port: int, *, timeout: float) -> TcpStream:
     """
     try:
         with trio.fail_after(timeout):
-            return TcpStream(await trio.open_tcp_stream(host, port))
+            return TcpStream(await _open(host, port))
     except trio.TooSlowError as exc:
         raise PeerUnreachable(f"{host}:{port} did not accept within {timeout:g} s") from exc
     except OSError as exc:
@@ -148,6 +149,21 @@ async def connect_tcp(host: str, port: int, *, timeout: float) -> TcpStream:
         reason = os.strerror(number) if number else str(exc)
         kind = OutOfDescriptors if number in OUT_OF_DESCRIPTORS else PeerUnreachable
         raise kind(f"{host}:{port} can't be reached: {reason}") from exc
+
+
+async def _open(host: str, port: int) -> trio.SocketStream:
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    except ValueError:
+        return await trio.open_tcp_stream(host, port)
+    # Of one address there is nothing to choose: trio's race of several costs twice a connect.
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        await sock.connect((host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return trio.SocketStream(sock)
 
 
 def _number(error: OSError) -> int | None:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from meshnode.core.tunnel import (
     DONE,
     END,
+    MAX_CHUNK_BYTES,
     Header,
     Mark,
     ReplyDecoder,
     TunnelReply,
     decode_reply,
+    encode_chunk,
     encode_chunks,
     opening,
 )
@@ -76,6 +78,9 @@ class TunnelStream:
         header = opening(service_id, fresh=fresh)
         if not first:
             await self._stream.send_all(header)
+            return
+        if len(first) <= MAX_CHUNK_BYTES:
+            await self._stream.send_all(header + encode_chunk(first))
             return
         chunks = encode_chunks(first)
         await self._stream.send_all(header + next(chunks))

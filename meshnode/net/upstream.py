@@ -93,7 +93,7 @@ class Upstreams:
         if lease.is_local:
             return await self._connect_here(lease, holding)
         with self.failures(lease), trio.fail_after(OPEN_TIMEOUT):
-            tunnel = await self._open_tunnel(lease)
+            tunnel = await self._open_tunnel(lease, wait=True)
             try:
                 await tunnel.ask(lease.service_id)
                 await tunnel.wait_accepted()
@@ -128,7 +128,8 @@ class Upstreams:
                 return TunnelExchange(tunnel, key, self._tunnels)
         began_at = trio.current_time()
         with self.failures(lease), trio.fail_after(OPEN_TIMEOUT):
-            tunnel = await self._open_tunnel(lease)
+            # One that must not be sent twice waits for the peer to answer before anything leaves.
+            tunnel = await self._open_tunnel(lease, wait=fresh)
             await self._ask(tunnel, lease, first, fresh=fresh)
         opened = partial(self._note_opened, began_at)
         return TunnelExchange(tunnel, key, self._tunnels, on_accepted=opened)
@@ -167,10 +168,14 @@ class Upstreams:
 
     # At a peer
 
-    async def _open_tunnel(self, lease: Lease) -> TunnelStream:
-        await self._neighbours.connect(lease.peer_id, timeout=OPEN_TIMEOUT)
-        stream = await self._mesh.open_stream(lease.peer_id, PROTOCOL_ID, timeout=OPEN_TIMEOUT)
-        return TunnelStream(stream, partial(self._take_numbers, lease.peer_id, lease.service_id))
+    async def _open_tunnel(self, lease: Lease, *, wait: bool) -> TunnelStream:
+        peer_id = lease.peer_id
+        await self._neighbours.connect(peer_id, timeout=OPEN_TIMEOUT)
+        if wait:
+            stream = await self._mesh.open_stream(peer_id, PROTOCOL_ID, timeout=OPEN_TIMEOUT)
+        else:
+            stream = await self._mesh.begin_stream(peer_id, PROTOCOL_ID)
+        return TunnelStream(stream, partial(self._take_numbers, peer_id, lease.service_id))
 
     async def _ask(self, tunnel: TunnelStream, lease: Lease, first: bytes, *, fresh: bool) -> None:
         try:

@@ -85,6 +85,9 @@ class CountedMesh:
     async def open_stream(self, peer_id: str, protocol_id: str, *, timeout: float) -> MeshStream:
         return await self.inner.open_stream(peer_id, protocol_id, timeout=timeout)
 
+    async def begin_stream(self, peer_id: str, protocol_id: str) -> MeshStream:
+        return await self.inner.begin_stream(peer_id, protocol_id)
+
     async def ping(self, peer_id: str, *, timeout: float) -> float:
         return await self.inner.ping(peer_id, timeout=timeout)
 

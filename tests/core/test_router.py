@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -527,7 +526,7 @@ def test_a_standing_is_that_of_an_online_peer_that_offers_the_service() -> None:
 
 def test_a_claimed_decision_counts_like_a_lease_and_stands_among_the_decisions() -> None:
     bench = Bench(*FOUR)
-    decision = replace(bench.explain(), picked="d", model="llama3", tier="loaded")
+    decision = bench.explain()._replace(picked="d", model="llama3", tier="loaded")
     with bench.router.claim(decision) as lease:
         assert (lease.peer_id, lease.service_id) == ("d", "chat")
         assert bench.router.own_in_flight("d", "chat") == bench.router.own_total == 1

@@ -482,3 +482,42 @@ async def test_what_nobody_waits_for_arrives_in_order_and_by_itself(meshes):
             stream.reset()
             with pytest.raises(StreamClosed):
                 await stream.send_soon(b"late")
+
+
+async def test_a_stream_that_waits_for_no_word_carries_bytes_both_ways(meshes):
+    with trio.fail_after(LIMIT):
+        async with meshes(2, prepare=lambda mesh: mesh.serve(ECHO, echo)) as (a, b):
+            stream = await b.begin_stream(a.peer_id, ECHO)
+            assert (stream.peer_id, stream.protocol_id) == (a.peer_id, ECHO)
+            await stream.send_all(b"first ")
+            await stream.send_all(b"second")
+            received = b""
+            while len(received) < len(b"first second"):
+                received += await stream.receive_some(4)
+            await stream.send_eof()
+            assert received + await receive_all(stream) == b"first second"
+
+            silent = await b.begin_stream(a.peer_id, ECHO)
+            await silent.send_eof()
+            assert await silent.receive_some() == b""
+
+
+async def test_a_protocol_that_is_not_served_is_a_refusal_of_the_first_read(meshes):
+    with trio.fail_after(LIMIT):
+        async with meshes(2) as (a, b):
+            stream = await b.begin_stream(a.peer_id, ECHO)
+            await stream.send_all(b"for nobody")
+            with pytest.raises(PeerRefused):
+                await stream.receive_some()
+            stream.reset()
+            with pytest.raises(PeerUnreachable):
+                await b.begin_stream("12D3KooWNobody", ECHO)
+
+
+async def test_a_link_that_ends_before_the_peers_word_makes_it_unreachable(meshes):
+    with trio.fail_after(LIMIT):
+        async with meshes(2, prepare=lambda mesh: mesh.serve(ECHO, echo)) as (a, b):
+            stream = await b.begin_stream(a.peer_id, ECHO)
+            await b.disconnect(a.peer_id, "test")
+            with pytest.raises((PeerUnreachable, StreamReset)):  # the word may have come before
+                await stream.receive_some()

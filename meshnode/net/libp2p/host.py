@@ -33,7 +33,7 @@ from meshnode.net.libp2p.relay.limits import DEFAULT_RELAY_LIMITS, RelayLimits
 from meshnode.net.libp2p.relay.messages import HOP, STOP
 from meshnode.net.libp2p.remedies import quiet_libp2p_loggers
 from meshnode.net.libp2p.serving import Serving
-from meshnode.net.libp2p.stream import Libp2pStream
+from meshnode.net.libp2p.stream import BegunStream, Libp2pStream
 from meshnode.net.libp2p.swarm import MeshConn, MeshHost, MeshSwarm, open_negotiated
 from meshnode.net.libp2p.tcp import TcpAddr, TcpStream, bind_listeners, connect_tcp, parse_tcp_addr
 from meshnode.net.mesh import Link, LinkWatcher, MeshStream, MessageListener, StreamHandler
@@ -256,6 +256,10 @@ class Libp2pMesh:
         except (StreamReset, WireError) as exc:
             raise PeerUnreachable(f"the stream to {peer_id} failed: {exc}") from exc
         return Libp2pStream(muxed, peer_id, protocol_id)
+
+    async def begin_stream(self, peer_id: str, protocol_id: str) -> MeshStream:
+        conn = self._link_to(peer_id)
+        return BegunStream(await conn.muxed_conn.open_stream(), peer_id, protocol_id)
 
     async def ping(self, peer_id: str, *, timeout: float) -> float:
         return await self._link_to(peer_id).ping(timeout)

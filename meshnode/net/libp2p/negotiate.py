@@ -50,6 +50,33 @@ async def propose(stream: Duplex, protocol_ids: Sequence[str]) -> str:
     raise PeerRefused(f"the peer does not serve {' or '.join(protocol_ids)}")
 
 
+def proposal(protocol_id: str) -> bytes:
+    """Return what proposes one protocol at the beginning of a stream."""
+    return _encode(_HEADER) + _encode(protocol_id)
+
+
+async def confirm(stream: Duplex, protocol_id: str) -> None:
+    """Read the answer to a ``proposal`` that left, and not a byte more.
+
+    Raises:
+        PeerRefused, WireError, StreamReset: as ``propose``.
+    """
+    header, agreed, refused = _encode(_HEADER), _encode(protocol_id), _encode(_REFUSED)
+    # The first byte of the answer tells which of the two it can be.
+    data = await read_exactly(stream, len(header) + 1)
+    if data[:-1] != header:
+        raise _bad(f"the stream begins with {data[:-1]!r}")
+    expected = agreed if data[-1] == agreed[0] else refused
+    answer = data[-1:]
+    if answer == expected[:1]:
+        answer += await read_exactly(stream, len(expected) - 1)
+    if answer == agreed:
+        return
+    if answer != refused:
+        raise _bad(f"the answer to {protocol_id} is {answer!r}")
+    raise PeerRefused(f"the peer does not serve {protocol_id}")
+
+
 class Responder:
     """The answering side. ``next_proposal`` until one suits, then ``accept``."""
 

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from meshnode.errors import PeerRefused, StreamReset, WireError
-from meshnode.net.libp2p.negotiate import Responder, propose
+from meshnode.net.libp2p.negotiate import Responder, confirm, proposal, propose
 
 HEADER = b"\x13/multistream/1.0.0\n"
 
@@ -102,3 +102,55 @@ async def test_a_dialler_that_only_asks_around_is_let_go():
         await dialler.send_all(HEADER + b"\x03ls\n" * 20)
         with pytest.raises(WireError, match="more than 16"):
             await Responder(listener).settle_for("/a/1")
+
+
+# A proposal that is confirmed later.
+
+
+@pytest.mark.parametrize("name", ["/a/1", "/a", "/" + "x" * 300])
+async def test_a_proposal_is_confirmed_and_what_follows_is_left_on_the_stream(name):
+    dialler, listener = pair()
+    with trio.fail_after(1):
+        await dialler.send_all(proposal(name) + b"asked")
+        await Responder(listener).settle_for(name)
+        assert await listener.receive_some(100) == b"asked"
+        await listener.send_all(b"answered")
+        await confirm(dialler, name)
+        assert await dialler.receive_some(100) == b"answered"
+
+
+@pytest.mark.parametrize("name", ["/a/1", "/a", "/" + "x" * 300])
+async def test_a_proposal_that_is_declined_is_a_refusal(name):
+    dialler, listener = pair()
+    with trio.fail_after(1):
+        await listener.send_all(HEADER + b"\x03na\n")
+        with pytest.raises(PeerRefused, match="does not serve"):
+            await confirm(dialler, name)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\x13/multistream/2.0.0\n\x05/a/1\n",
+        HEADER + b"\x05/b/1\n",
+        HEADER + b"\x06/a/1\n\n",
+        HEADER + b"\x03no\n",
+        b"x" * 100,
+    ],
+)
+async def test_a_confirmation_that_is_none_is_the_peers_fault(answer):
+    dialler, listener = pair()
+    with trio.fail_after(1):
+        await listener.send_all(answer)
+        with pytest.raises(WireError) as fault:
+            await confirm(dialler, "/a/1")
+        assert fault.value.code == "bad_multistream"
+
+
+async def test_a_stream_that_ends_in_its_confirmation_was_cut():
+    dialler, listener = pair()
+    with trio.fail_after(1):
+        await listener.send_all(HEADER + b"\x05/a")
+        await listener.stream.send_stream.aclose()
+        with pytest.raises(StreamReset):
+            await confirm(dialler, "/a/1")
