@@ -33,6 +33,10 @@ from meshnode.net.libp2p.yamux_stream import Stream
 
 # What one write carries at most: four full noise messages, as much as one read takes.
 _MESSAGES_PER_WRITE = 4
+# With so many streams that have something to say, what is queued leaves at once, and not when all
+# tasks that run just now had their turn: else both sides of a busy connection work in turns, each
+# idle while the other one is at it.
+_EAGER_STREAMS = 8
 # How long closing waits for queued data to leave; then a little longer for the GO_AWAY and for
 # the other side to close, since closing first would destroy what it has not read yet.
 _FLUSH_LIMIT = 1.0  # seconds
@@ -79,6 +83,8 @@ class YamuxConn(IMuxedConn):
         self._output = trio.Event()
         self._arrivals = trio.Event()
         self._pings: dict[int, trio.Event] = {}
+        self._writer_waits = False  # for something to send, and is not in the middle of sending
+        self._unsent = b""  # sealed, and to go before anything else
         self._lingers = trio.Event()
         self._holds = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -210,7 +216,22 @@ class YamuxConn(IMuxedConn):
 
     def kick(self) -> None:
         """Let the writer look at what there is to send."""
-        if self._core.has_output:
+        core = self._core
+        if core.ready_count >= _EAGER_STREAMS and self._may_flush:
+            self._flush()
+        elif core.has_output:
+            self._output.set()
+
+    @property
+    def _may_flush(self) -> bool:
+        if not self._writer_waits or self._unsent or self._is_closing or self._has_ended:
+            return False
+        return self._channel.sends_now
+
+    def _flush(self) -> None:
+        """Write at once; what finds no room is the writer's to send."""
+        self._unsent = self._channel.send_now(self._next_messages())
+        if self._unsent or self._core.has_output:
             self._output.set()
 
     def linger(self, state: Stream) -> None:
@@ -257,11 +278,10 @@ class YamuxConn(IMuxedConn):
         core = self._core
         try:
             while not core.said_goodbye:
-                messages: list[bytes] = []
-                while core.has_output and len(messages) < _MESSAGES_PER_WRITE:
-                    if message := core.next_message():
-                        messages.append(message)
-                if messages:
+                if self._unsent:
+                    sealed, self._unsent = self._unsent, b""
+                    await self._channel.send_rest(sealed)
+                if messages := self._next_messages():
                     await self._channel.send(messages)
                     if core.has_output:
                         # Others take their turn, and what they write joins the next messages.
@@ -269,7 +289,9 @@ class YamuxConn(IMuxedConn):
                     continue
                 self._output = trio.Event()
                 if not self._is_closing:
+                    self._writer_waits = True
                     await self._output.wait()
+                    self._writer_waits = False
                     continue
                 with trio.move_on_at(self._hurry_at) as waiting:
                     await self._output.wait()
@@ -280,6 +302,15 @@ class YamuxConn(IMuxedConn):
             self._close_by(trio.current_time() + _GOODBYE_LIMIT)
         except PeerUnreachable as exc:
             self._stop(str(exc))
+
+    def _next_messages(self) -> list[bytes]:
+        """Return what one write carries."""
+        core = self._core
+        messages: list[bytes] = []
+        while core.has_output and len(messages) < _MESSAGES_PER_WRITE:
+            if message := core.next_message():
+                messages.append(message)
+        return messages
 
     async def _end_lingering_forever(self) -> None:
         while True:

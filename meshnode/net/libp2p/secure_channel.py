@@ -57,6 +57,20 @@ class SecureChannel(Protocol):
             PeerUnreachable: the connection broke.
         """
 
+    @property
+    def sends_now(self) -> bool:
+        """Whether ``send_now`` can be called; other connections can only wait."""
+
+    def send_now(self, messages: list[bytes]) -> bytes:
+        """Encrypt, and send what there is room for at once; return the sealed bytes that are left.
+
+        Those go to ``send_rest`` before anything else is sent. Never raises: what is broken says
+        so to ``send_rest``.
+        """
+
+    async def send_rest(self, sealed: bytes) -> None:
+        """Send what ``send_now`` left. Raises as ``send``."""
+
     async def send_eof(self) -> None:
         """End the sending side, where the transport can."""
 
@@ -106,6 +120,14 @@ class _SocketPipe:
                 left = left[os.write(self._fd(), left) :]
             except BlockingIOError:
                 continue
+
+    def send_now(self, parts: list[bytes]) -> bytes:
+        """Send what there is room for; return the rest, which is all of it where sending fails."""
+        try:
+            sent = os.writev(self._fd(), parts)
+        except (OSError, trio.ClosedResourceError):  # BlockingIOError too: there is no room
+            sent = 0
+        return b"" if sent == sum(map(len, parts)) else b"".join(parts)[sent:]
 
     async def send_eof(self) -> None:
         await self._stream.send_eof()
@@ -191,12 +213,32 @@ class NoiseChannel:
 
     async def send(self, messages: list[bytes]) -> None:
         """See ``SecureChannel``."""
+        # From here on nothing but the end of the connection may cancel: the nonce has moved.
+        await self._send(self._seal(messages))
+
+    @property
+    def sends_now(self) -> bool:
+        """See ``SecureChannel``."""
+        return isinstance(self._pipe, _SocketPipe)
+
+    def send_now(self, messages: list[bytes]) -> bytes:
+        """See ``SecureChannel``."""
+        assert isinstance(self._pipe, _SocketPipe)
+        return self._pipe.send_now(self._seal(messages))
+
+    async def send_rest(self, sealed: bytes) -> None:
+        """See ``SecureChannel``."""
+        await self._send([sealed])
+
+    def _seal(self, messages: list[bytes]) -> list[bytes]:
         parts: list[bytes] = []
         for message in messages:
             sealed = self._encrypt(None, message)
             parts.append(len(sealed).to_bytes(_LENGTH_BYTES, "big"))
             parts.append(sealed)
-        # From here on nothing but the end of the connection may cancel: the nonce has moved.
+        return parts
+
+    async def _send(self, parts: list[bytes]) -> None:
         try:
             await self._pipe.send_all(parts)
         except _BROKEN as exc:
@@ -231,6 +273,19 @@ class SessionChannel:
                 await self._secured.write(message)
         except _BROKEN as exc:
             raise PeerUnreachable(f"the connection broke: {exc}") from exc
+
+    @property
+    def sends_now(self) -> bool:
+        """See ``SecureChannel``."""
+        return False
+
+    def send_now(self, messages: list[bytes]) -> bytes:
+        """See ``SecureChannel``."""
+        raise NotImplementedError("this connection can only wait")
+
+    async def send_rest(self, sealed: bytes) -> None:
+        """See ``SecureChannel``."""
+        raise NotImplementedError("nothing is ever left")
 
     async def send_eof(self) -> None:
         """Do nothing: there is no way to."""

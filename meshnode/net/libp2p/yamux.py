@@ -89,6 +89,11 @@ class Connection:
         return self._outbound + self._inbound
 
     @property
+    def ready_count(self) -> int:
+        """How many streams have something to send."""
+        return len(self._ready)
+
+    @property
     def has_output(self) -> bool:
         """Whether ``next_message`` has something to say."""
         return bool(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -801,3 +801,62 @@ async def test_a_connection_that_closes_sends_what_it_held_back() -> None:
             await ours.send_soon(b"last words")
             await pair.here.close()
             assert await theirs.receive_some() == b"last words"
+
+
+async def test_what_many_streams_say_leaves_before_the_writer_has_its_turn() -> None:
+    with trio.fail_after(10):
+        async with tcp_pair() as pair:
+            streams = [await pair.streams() for _ in range(8)]
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            for ours, _ in streams[:7]:
+                await ours.send_all(b"question")
+            assert pair.here._core.queued == 7 * len(b"question")  # few wait for the writer
+            await streams[7][0].send_all(b"question")
+            assert pair.here._core.queued == 0
+            for _, theirs in streams:
+                assert await theirs.receive_some() == b"question"
+            # What was woken for the first seven finds nothing to do, and goes on to the next.
+            await streams[0][0].send_all(b"again")
+            assert await streams[0][1].receive_some() == b"again"
+
+
+async def test_what_many_streams_say_into_a_full_socket_arrives_whole_and_in_order() -> None:
+    with trio.fail_after(30):
+        async with tcp_pair() as pair:
+            streams = [await pair.streams() for _ in range(24)]
+            sizes = [random.Random(n).randrange(200 * KIB, 600 * KIB) for n in range(len(streams))]
+            bodies = [random.Random(n).randbytes(size) for n, size in enumerate(sizes)]
+            received = [b""] * len(streams)
+
+            async def send(number: int) -> None:
+                ours, body = streams[number][0], bodies[number]
+                for start in range(0, len(body), 10_000):
+                    await ours.send_all(body[start : start + 10_000])
+                    await ours.send_soon(b"")
+                await ours.send_eof()
+
+            async def receive(number: int) -> None:
+                theirs = streams[number][1]
+                pieces = []
+                while data := await theirs.receive_some():
+                    pieces.append(data)
+                received[number] = b"".join(pieces)
+
+            async with trio.open_nursery() as nursery:
+                for number in range(len(streams)):
+                    nursery.start_soon(send, number)
+                    nursery.start_soon(receive, number)
+            assert received == bodies
+
+
+async def test_a_connection_that_broke_says_so_to_all_that_would_write_at_once() -> None:
+    with trio.fail_after(10):
+        async with tcp_pair() as pair:
+            streams = [await pair.streams() for _ in range(8)]
+            await pair.there.secured_conn.close()
+            for ours, _ in streams:
+                with suppress(StreamReset):  # as soon as it is known
+                    await ours.send_all(b"lost")
+            for ours, _ in streams:
+                with pytest.raises(StreamReset):
+                    await ours.receive_some()
