@@ -105,13 +105,17 @@ class Engine:
         self._epoll.register(connection, select.EPOLLIN)
 
     def _read(self, fd: int) -> None:
+        # Who left may have asked before: the answer finds the connection reset.
         try:
             data = self._connections[fd].recv(65536)
+            if data:
+                self._take(fd, data)
+                return
         except ConnectionError:
-            data = b""
-        if not data:
-            self._drop(fd)
-            return
+            pass
+        self._drop(fd)
+
+    def _take(self, fd: int, data: bytes) -> None:
         data = self._unread.pop(fd, b"") + data
         end = data.find(b"\r\n\r\n") + 4
         at = data.find(b"content-length: ")
@@ -123,8 +127,8 @@ class Engine:
             self._connections[fd].send(self._plain(fd, data))
             return
         count = json.loads(data[end:])["max_tokens"]
-        self._held.add(fd)
         self._connections[fd].send(_EVENTS)
+        self._held.add(fd)
         heapq.heappush(self._due, (time.monotonic() + 1 / CHUNKS_PER_SECOND, fd, 0, count))
 
     def _plain(self, fd: int, data: bytes) -> bytes:
