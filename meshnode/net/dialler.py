@@ -17,6 +17,9 @@ from meshnode.net.rng import Rng
 # Dialling many at once makes every handshake late, and then all of them fail.
 MAX_DIALS = 6
 DIAL_TIMEOUT = 3.0  # seconds, for one peer with all its addresses
+# After a power cut everybody dials the same bootstrap at once. It gets round to each, but late, and
+# whoever gives up and begins anew only makes it later still.
+_BOOTSTRAP_PATIENCE = 10.0  # seconds
 _ADDR_TIMEOUT = 1.5  # seconds for one address while there is another to try
 # Where a relay is known, direct ways may take this share of the time, in all; and for a while after
 # they led nowhere they are left to whoever replaces relayed links.
@@ -222,7 +225,9 @@ class Dialler:
         """
         expected = addr.rpartition("/p2p/")[2]
         with self._marked_under_way(expected):
-            peer_id = await self._mesh.dial(addr, timeout=self._limits.timeout)
+            peer_id = await self._mesh.dial(
+                addr, timeout=self._limits.timeout, patience=_BOOTSTRAP_PATIENCE
+            )
         self._remember(peer_id, addr)
         return peer_id
 

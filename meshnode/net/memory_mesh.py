@@ -209,7 +209,8 @@ class MemoryMesh:
         self._remember(message)
         self._flood(message, topic, self._peer_id, data, except_for=())
 
-    async def dial(self, addr: str, *, timeout: float) -> str:
+    async def dial(self, addr: str, *, timeout: float, patience: float = 0.0) -> str:
+        # Here a connection is taken and answered in one, so that nothing is left for patience.
         await trio.lowlevel.checkpoint()
         transport_addr, _, wanted = addr.partition("/p2p/")
         if not transport_addr.startswith("/") or not wanted:

@@ -146,8 +146,12 @@ class Mesh(Protocol):
     async def publish(self, topic: str, data: bytes) -> None:
         """Send ``data`` to all subscribers of ``topic``, in this node's name."""
 
-    async def dial(self, addr: str, *, timeout: float) -> str:
+    async def dial(self, addr: str, *, timeout: float, patience: float = 0.0) -> str:
         """Connect to a multiaddr that ends in ``/p2p/<peer ID>``; return the proven peer ID.
+
+        Args:
+            timeout: seconds, for all of it.
+            patience: seconds from where the connection was taken; what is later of both counts.
 
         Returns at once if a live link to that peer exists already, unless that one is relayed and
         ``addr`` is not: a direct link replaces it, and what runs on the old one is finished there.

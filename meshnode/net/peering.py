@@ -26,6 +26,8 @@ from meshnode.net.parting import DEFAULT_TARGETS, LinkTargets, Parting
 from meshnode.net.rng import Rng
 
 _FILL_INTERVAL = 0.5  # seconds
+# While others join, each so soon after the last, no more links are made than make a mesh whole.
+_SETTLES = 2.0  # seconds
 # Of two that find each other at once, the one with the larger peer ID lets the other begin.
 _YIELD_FIRST = 0.3  # seconds
 # Whether a bootstrap that is heard through others needs a link after all is looked at this often.
@@ -96,6 +98,8 @@ class Peering:
         self._events, self._heard_events = trio.open_memory_channel[LinkEvent](float("inf"))
         self._found, self._heard_found = trio.open_memory_channel[str](_MAX_FOUND_WAITING)
         self._links_changed = trio.Event()
+        self._others_counted = 0
+        self._grew_at = float("-inf")  # when there were more others than before
         self._refused_by: dict[str, TokenRefused] = {}  # bootstraps, by address
         self._refusals_logged: set[str] = set()
         self._fatal: TokenRefused | None = None
@@ -264,15 +268,26 @@ class Peering:
 
     async def _fill_links_forever(self) -> None:
         while True:
-            for peer_id in self._whom_to_dial(trio.current_time()):
+            now = trio.current_time()
+            self._note_growth(now)
+            for peer_id in self._whom_to_dial(now):
                 self._nursery.start_soon(
                     self._try_to_connect, peer_id, lambda: self._missing_links() > 0
                 )
             await trio.sleep(_FILL_INTERVAL * self._rng.uniform(0.8, 1.2))
 
+    def _note_growth(self, now: float) -> None:
+        others = self._others()
+        if others > self._others_counted:
+            self._grew_at = now
+        self._others_counted = others
+
     def _whom_to_dial(self, now: float) -> list[str]:
         """Return peers to dial now, chosen at random, so that links after them are enough."""
         missing = self._missing_links() - self._dialler.waiting
+        if now - self._grew_at < _SETTLES:
+            # The rest can wait: made by all at once, they take the time of those that still join.
+            missing = min(missing, self._targets.min_links - len(self._mesh.links()))
         if missing <= 0:
             return []
         others = [e.peer_id for e in self._ledger.online(now) if e.peer_id != self._mesh.peer_id]

@@ -79,8 +79,8 @@ class CountedMesh:
     def watch_links(self, watcher: LinkWatcher) -> None:
         self.inner.watch_links(watcher)
 
-    async def dial(self, addr: str, *, timeout: float) -> str:
-        return await self.inner.dial(addr, timeout=timeout)
+    async def dial(self, addr: str, *, timeout: float, patience: float = 0.0) -> str:
+        return await self.inner.dial(addr, timeout=timeout, patience=patience)
 
     async def open_stream(self, peer_id: str, protocol_id: str, *, timeout: float) -> MeshStream:
         return await self.inner.open_stream(peer_id, protocol_id, timeout=timeout)

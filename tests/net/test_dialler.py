@@ -12,7 +12,14 @@ import trio
 from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
 from meshnode.errors import PeerUnreachable
-from meshnode.net.dialler import FIRST_RETRY, LAST_RETRY, Backoff, Dialler, DialLimits
+from meshnode.net.dialler import (
+    DIAL_TIMEOUT,
+    FIRST_RETRY,
+    LAST_RETRY,
+    Backoff,
+    Dialler,
+    DialLimits,
+)
 from meshnode.net.memory_mesh import MemoryMesh
 
 
@@ -32,13 +39,15 @@ def test_two_that_lost_the_same_peer_do_not_come_back_in_step() -> None:
 
 
 class Dials(MemoryMesh):
-    """A mesh that notes when which address was dialled."""
+    """A mesh that notes when which address was dialled, and how patiently."""
 
     dialled: list[tuple[float, str]]
+    patience: float
 
-    async def dial(self, addr: str, *, timeout: float) -> str:
+    async def dial(self, addr: str, *, timeout: float, patience: float = 0.0) -> str:
         self.dialled.append((trio.current_time(), addr))
-        return await super().dial(addr, timeout=timeout)
+        self.patience = patience
+        return await super().dial(addr, timeout=timeout, patience=patience)
 
 
 def dialler_of(network, name: str = "me") -> tuple[Dialler, Dials, KnownPeers]:
@@ -111,6 +120,21 @@ async def test_the_wait_for_a_turn_is_not_the_peers_fault(network, nursery, auto
     await trio.sleep(1)
     assert dialler.is_linked(peer.peer_id)
     assert dialler.waiting == 0
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_bootstrap_may_be_slower_than_others_once_it_took_the_connection(
+    network, nursery, autojump_clock
+):
+    dialler, mesh, known = dialler_of(network)
+    boot, other = network.node("boot"), network.node("other")
+    for member in (mesh, boot, other):
+        await nursery.start(member.run_forever)
+    await dialler.dial(f"{boot.transport_addr}/p2p/{boot.peer_id}")
+    assert mesh.patience > 2 * DIAL_TIMEOUT
+    known.note(other.peer_id, (f"{other.transport_addr}/p2p/{other.peer_id}",))
+    await dialler.connect(other.peer_id, timeout=3)
+    assert mesh.patience == 0
     nursery.cancel_scope.cancel()
 
 

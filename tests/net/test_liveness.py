@@ -105,7 +105,7 @@ def redials_fail(monkeypatch):
     def fail(node, failure, *, after):
         dial = node.mesh.dial
 
-        async def fail_to_dial(addr, *, timeout):
+        async def fail_to_dial(addr, *, timeout, patience=0.0):
             await trio.sleep(min(after, timeout))
             raise failure
 

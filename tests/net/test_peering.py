@@ -5,6 +5,7 @@ import trio
 import trio.lowlevel
 
 from meshnode.errors import TokenRefused
+from meshnode.net.parting import DEFAULT_TARGETS
 
 
 async def test_twelve_nodes_that_know_one_bootstrap_all_learn_all(
@@ -184,6 +185,22 @@ async def test_two_halves_find_each_other_after_a_minute_apart(
     network.heal_all()
 
     assert await wait_until(lambda: all(n.online() == everybody for n in nodes), within=20) <= 10
+
+
+async def test_links_to_all_wait_until_nobody_joins_any_more(
+    make_node, start, wait_until, autojump_clock
+):
+    """Fifty that start at once on a small machine need its time for the links that join them."""
+    boot = make_node("n0")
+    nodes = [boot, *(make_node(f"n{i}", bootstraps=(boot.addr,)) for i in range(1, 20))]
+    for node in nodes:
+        await start(node)
+        await trio.sleep(1)
+
+    at_most = DEFAULT_TARGETS.min_links * (len(nodes) - 1)
+    assert sum(len(node.mesh.links()) for node in nodes) / 2 <= at_most
+    took = await wait_until(lambda: all(len(n.mesh.links()) == 19 for n in nodes), within=15)
+    assert took < 5
 
 
 async def test_beyond_thirty_nodes_each_keeps_some_links_and_all_hear_all(

@@ -210,13 +210,21 @@ class Gate:
     # Dialling
 
     async def dial(
-        self, peer_id: str, multiaddr: str, open_raw: OpenRaw, *, direct: bool, timeout: float
+        self,
+        peer_id: str,
+        multiaddr: str,
+        open_raw: OpenRaw,
+        *,
+        direct: bool,
+        timeout: float,
+        patience: float = 0.0,
     ) -> None:
         """Have a link to ``peer_id``, over ``open_raw`` if there is none yet, or a worse one.
 
         Args:
             multiaddr: where that leads, for people.
             direct: whether it leads there without a relay.
+            timeout, patience: as of ``Mesh.dial``.
 
         Raises:
             PeerUnreachable, PeerLate, TokenRefused: as ``Mesh.dial``.
@@ -228,8 +236,10 @@ class Gate:
             nonlocal is_taken
             raw = await open_raw()
             is_taken = True
+            scope.deadline = max(scope.deadline, trio.current_time() + patience)
             return raw
 
+        began = trio.current_time()
         kept_out = self._membership.now.objection(peer_id)
         if kept_out is not None:
             raise PeerUnreachable(f"{peer_id} is not dialled: {kept_out}")
@@ -240,7 +250,7 @@ class Gate:
                     await self._dial(peer_id, where, open_and_note)
         if scope.cancelled_caught:
             kind = PeerLate if is_taken else PeerUnreachable
-            raise kind(f"{where} did not answer within {timeout:g} s")
+            raise kind(f"{where} did not answer within {scope.deadline - began:.2g} s")
 
     async def _dial(self, peer_id: str, where: str, open_raw: OpenRaw) -> None:
         conn = await self.connect(peer_id, where, open_raw)

@@ -216,7 +216,7 @@ class Libp2pMesh:
     async def publish(self, topic: str, data: bytes) -> None:
         await self._pubsub.publish(topic, data)
 
-    async def dial(self, addr: str, *, timeout: float) -> str:
+    async def dial(self, addr: str, *, timeout: float, patience: float = 0.0) -> str:
         endpoint = parse_addr(addr)
         peer_id = endpoint.peer_id
         if peer_id is None:
@@ -230,7 +230,14 @@ class Libp2pMesh:
         else:
             open_raw = partial(self._circuits.open, endpoint)
         direct = isinstance(endpoint, TcpAddr)
-        await self._gate.dial(peer_id, endpoint.multiaddr, open_raw, direct=direct, timeout=timeout)
+        await self._gate.dial(
+            peer_id,
+            endpoint.multiaddr,
+            open_raw,
+            direct=direct,
+            timeout=timeout,
+            patience=patience,
+        )
         return peer_id
 
     async def _open_tcp(self, endpoint: TcpAddr) -> TcpStream:

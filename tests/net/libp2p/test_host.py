@@ -20,6 +20,7 @@ from meshnode.errors import (
     PeerUnreachable,
     StreamReset,
 )
+from meshnode.net.libp2p.gate import Gate
 from meshnode.net.libp2p.identity import ephemeral_identity
 from meshnode.net.libp2p.limits import Limits
 from meshnode.net.libp2p.muxer import YamuxStream
@@ -256,6 +257,36 @@ async def test_who_takes_a_connection_and_says_nothing_is_late_and_who_refuses_i
             with pytest.raises(PeerUnreachable) as refused:
                 await one.dial(addr, timeout=2)
             assert not isinstance(refused.value, PeerLate)
+
+
+async def test_patience_is_for_who_took_the_connection(make_node, run_nodes, monkeypatch):
+    """A bootstrap that all dial at once is slow; one whose host is off is not worth the wait."""
+    one, slow = make_node(), make_node()
+    take = Gate.bring_in
+
+    async def take_late(gate, stream):
+        await trio.sleep(0.6)
+        return await take(gate, stream)
+
+    async def reach_nobody(endpoint):
+        await trio.sleep_forever()
+
+    with trio.fail_after(10):
+        async with run_nodes(one, slow, linked=False):
+            monkeypatch.setattr(Gate, "bring_in", take_late)
+            with pytest.raises(PeerLate, match=r"within 0.3 s"):
+                await one.dial(slow.addrs[0], timeout=0.3)
+            assert await one.dial(slow.addrs[0], timeout=0.3, patience=5) == slow.peer_id
+            (mute,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            port = mute.socket.getsockname()[1]
+            addr = f"/ip4/127.0.0.1/tcp/{port}/p2p/{make_node().peer_id}"
+            async with mute:
+                with pytest.raises(PeerLate, match=r"within 0.8 s"):
+                    await one.dial(addr, timeout=0.3, patience=0.8)
+            monkeypatch.setattr(one, "_open_tcp", reach_nobody)
+            with pytest.raises(PeerUnreachable, match=r"within 0.3 s") as nobody:
+                await one.dial(addr, timeout=0.3, patience=5)
+            assert not isinstance(nobody.value, PeerLate)
 
 
 async def test_a_restarted_peer_is_reached_at_once(make_node, run_nodes):
