@@ -28,6 +28,8 @@ SUSPECT_AFTER = 1.0  # seconds
 PING_TIMEOUT = 3.3  # seconds, those included
 # Whoever lives and could not be dialled once may be busy, and is heard meanwhile.
 _BEFORE_DOUBTING = 0.5  # seconds
+# Of a peer's window: whoever was not heard for so long has missed an announcement.
+_OVERDUE = 1 / 3
 # What came while this node slept is read before anybody is judged.
 _GRACE = 0.1  # seconds
 # A timer this late means that this node itself stood still: its misses prove nothing.
@@ -94,6 +96,7 @@ class Liveness:
         # Says what is wrong with this host's own network, if it can tell.
         self.own_fault: Callable[[], str | None] = lambda: None
         self._probed: set[str] = set()
+        self._doubted: set[str] = set()
         self._last_stall = float("-inf")
         self._self_suspicion: _SelfSuspicion | None = None
 
@@ -199,19 +202,45 @@ class Liveness:
             return False
         return await self._find(peer_id, "reported_lost", f"{reporter} lost it")
 
-    async def doubt_hearsay(self, peer_id: str, error: str) -> None:
-        """Look again for a peer that could not be dialled, if others alone say that it lives.
+    async def doubt(self, peer_id: str, error: str) -> None:
+        """Look again for a peer that could not be dialled, unless it is heard itself.
 
-        It may have died just before they told: their records then keep it online for a window, and
-        the report of its loss went out before this node could hear it.
+        If others alone say that it lives, it may have died just before they told: their records
+        then keep it online for a window, and the report of its loss went out before this node
+        could hear it. If it was heard, it may have been lost together with all who had a link to
+        it, so that nobody is left to report it.
         """
-        if not self._is_hearsay(peer_id) or not self._dialler.addrs_of(peer_id):
+        if peer_id in self._doubted or not self._dialler.addrs_of(peer_id):
             return
+        self._doubted.add(peer_id)
+        try:
+            if self._is_hearsay(peer_id):
+                await self._look_again(peer_id, "never_met", "only others speak of it", error)
+            elif await self._falls_silent(peer_id):
+                await self._look_again(peer_id, "silent", "it is not heard any more", error)
+        finally:
+            self._doubted.discard(peer_id)
+
+    async def _look_again(self, peer_id: str, reason: str, why: str, error: str) -> None:
         now = trio.current_time()
-        self._ledger.suspect(peer_id, f"only others speak of it, and a dial failed: {error}", now)
+        self._ledger.suspect(peer_id, f"{why}, and a dial failed: {error}", now)
         await trio.sleep(_BEFORE_DOUBTING)
-        if self._is_hearsay(peer_id):
-            await self._find(peer_id, "never_met", "only others speak of it")
+        if self._is_hearsay(peer_id) or not self._heard_since(peer_id, now):
+            await self._find(peer_id, reason, why)
+
+    async def _falls_silent(self, peer_id: str) -> bool:
+        """Wait until a peer is heard, or should have been; return whether it was not.
+
+        Whoever is heard though it can't be dialled is behind a NAT, and lives.
+        """
+        entry = self._ledger.get(peer_id)
+        if entry is None or not self._is_online(peer_id):
+            return False
+        due = entry.last_seen + entry.node.window_s * _OVERDUE
+        await trio.sleep_until(due)
+        slept_through_it = trio.current_time() - due > _STALL
+        is_unheard = self._is_online(peer_id) and not self._heard_since(peer_id, entry.last_seen)
+        return is_unheard and not slept_through_it
 
     def _is_hearsay(self, peer_id: str) -> bool:
         entry = self._ledger.get(peer_id)

@@ -315,7 +315,7 @@ class Peering:
             log.debug("dial_refused", peer_id=peer_id, error=str(exc))
         except MeshError as exc:
             log.debug("dial_failed", peer_id=peer_id, error=str(exc))
-            await self.liveness.doubt_hearsay(peer_id, str(exc))
+            self._nursery.start_soon(self.liveness.doubt, peer_id, str(exc))
 
     async def _dial_found_forever(self) -> None:
         async for peer_id in self._heard_found:

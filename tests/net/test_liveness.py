@@ -267,3 +267,41 @@ async def test_of_two_nodes_each_judges_the_other_at_once(
     await trio.sleep(BOTH)
     network.cut(a.mesh, b.mesh)
     assert await wait_until(lambda: a.online() == {"a"}, within=6) <= 5
+
+
+async def test_one_whom_nobody_left_was_linked_to_is_missed_before_its_window_ends(
+    make_node, start, wait_until, network, autojump_clock
+):
+    """A network parts right after its nodes joined: each side knew the other through one hub."""
+    hub = make_node("hub")
+    left, right = (make_node(name, bootstraps=[hub.addr]) for name in ("left", "right"))
+    network.cut(left.mesh, right.mesh)
+    await start(hub, left, right)
+    await wait_until(lambda: left.online() == right.online() == {"hub", "left", "right"}, within=5)
+    await trio.sleep(10)
+    hub.kill()
+    assert await wait_until(lambda: left.online() == {"left"}, within=30) < 20
+    state, reason = state_of(left, right)
+    assert state == "offline"
+    assert reason.startswith("silent: it is not heard any more; ")
+
+
+async def test_one_that_can_not_be_dialled_and_is_heard_is_there(
+    make_node, start, wait_until, network, autojump_clock
+):
+    """It is behind a NAT, and this node dials it in vain now and then."""
+    hubs = [make_node("one"), make_node("two")]
+    left, right = (
+        make_node(name, bootstraps=[hub.addr for hub in hubs]) for name in ("left", "right")
+    )
+    network.cut(left.mesh, right.mesh)
+    await start(*hubs, left, right)
+    everybody = {"one", "two", "left", "right"}
+    await wait_until(lambda: left.online() == right.online() == everybody, within=5)
+    seen: set[str] = set()
+    for second in range(120):
+        if second == 30:
+            hubs[0].kill()
+        await trio.sleep(1)
+        seen.add(state_of(left, right)[0])
+    assert seen == {"up"}
