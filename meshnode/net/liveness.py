@@ -225,7 +225,8 @@ class Liveness:
         now = trio.current_time()
         self._ledger.suspect(peer_id, f"{why}, and a dial failed: {error}", now)
         await trio.sleep(_BEFORE_DOUBTING)
-        if self._is_hearsay(peer_id) or not self._heard_since(peer_id, now):
+        is_unheard = self._is_online(peer_id) and not self._heard_since(peer_id, now)
+        if is_unheard or self._is_hearsay(peer_id):
             await self._find(peer_id, reason, why)
 
     async def _falls_silent(self, peer_id: str) -> bool:

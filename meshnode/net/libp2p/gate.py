@@ -250,7 +250,8 @@ class Gate:
                     await self._dial(peer_id, where, open_and_note)
         if scope.cancelled_caught:
             kind = PeerLate if is_taken else PeerUnreachable
-            raise kind(f"{where} did not answer within {scope.deadline - began:.2g} s")
+            limit = round(scope.deadline - began, 1)
+            raise kind(f"{where} did not answer within {limit:g} s")
 
     async def _dial(self, peer_id: str, where: str, open_raw: OpenRaw) -> None:
         conn = await self.connect(peer_id, where, open_raw)
