@@ -272,7 +272,7 @@ class Peering:
             self._note_growth(now)
             for peer_id in self._whom_to_dial(now):
                 self._nursery.start_soon(
-                    self._try_to_connect, peer_id, lambda: self._links_to_make() > 0
+                    self._try_to_connect, peer_id, lambda: self._missing_links() > 0
                 )
             await trio.sleep(_FILL_INTERVAL * self._rng.uniform(0.8, 1.2))
 
@@ -284,21 +284,16 @@ class Peering:
 
     def _whom_to_dial(self, now: float) -> list[str]:
         """Return peers to dial now, chosen at random, so that links after them are enough."""
-        missing = self._links_to_make() - self._dialler.waiting
+        missing = self._missing_links() - self._dialler.waiting
+        if now - self._grew_at < _SETTLES:
+            # The rest can wait: made by all at once, they take the time of those that still join.
+            missing = min(missing, self._targets.min_links - len(self._mesh.links()))
         if missing <= 0:
             return []
         others = [e.peer_id for e in self._ledger.online(now) if e.peer_id != self._mesh.peer_id]
         linked = {link.peer_id for link in self._mesh.links()}
         free = [p for p in others if p not in linked and self._dialler.may_try(p, now)]
         return self._rng.sample(free, min(missing, len(free)))
-
-    def _links_to_make(self) -> int:
-        """Return how many links to make now; zero or less: none."""
-        missing = self._missing_links()
-        if trio.current_time() - self._grew_at < _SETTLES:
-            # The rest can wait: made by all at once, they take the time of those that still join.
-            missing = min(missing, self._targets.min_links - len(self._mesh.links()))
-        return missing
 
     def _missing_links(self) -> int:
         return self._targets.missing(self._others(), len(self._mesh.links()))
