@@ -104,7 +104,7 @@ class Dialler:
         self._found: dict[str, tuple[str, ...]] = {}  # told by others than the peer itself
 
     def is_linked(self, peer_id: str) -> bool:
-        return any(link.peer_id == peer_id for link in self._mesh.links())
+        return self._mesh.link_to(peer_id) is not None
 
     def may_try(self, peer_id: str, now: float) -> bool:
         """Whether nothing dials this peer already, and its backoff is over."""

@@ -17,7 +17,7 @@ from meshnode.core.self_check import seems_to_be_us, silent_links
 from meshnode.errors import MeshError, PeerLate, PeerUnreachable
 from meshnode.metrics import Metrics
 from meshnode.net.dialler import Dialler
-from meshnode.net.mesh import Link, LinkEvent, LinkState, Mesh
+from meshnode.net.mesh import LinkEvent, LinkState, Mesh
 
 # Together: a peer that fell silent is found within 5 s of its last byte; one that was stopped for
 # 3 s answers in time.
@@ -326,7 +326,7 @@ class Liveness:
 
     def _showed_life(self, peer_id: str, since: float) -> bool:
         """Whether bytes came from the peer; a link that is gone is judged where it went down."""
-        link = self._link(peer_id)
+        link = self._mesh.link_to(peer_id)
         if link is not None and link.last_received >= since:
             self._note_life(peer_id, link.last_received)
         return link is None or link.last_received >= since
@@ -373,9 +373,6 @@ class Liveness:
 
     def _last_heard(self) -> list[float]:
         return [link.last_received for link in self._mesh.links()]
-
-    def _link(self, peer_id: str) -> Link | None:
-        return next((link for link in self._mesh.links() if link.peer_id == peer_id), None)
 
     def _note_life(self, peer_id: str, last_received: float) -> None:
         entry = self._ledger.get(peer_id)

@@ -260,10 +260,11 @@ class MemoryMesh:
             end.close(reason)
 
     def links(self) -> tuple[Link, ...]:
-        return tuple(
-            Link(peer_id, end.addr, end.dialled, end.since, end.last_received, end.rtt)
-            for peer_id, end in self._ends.items()
-        )
+        return tuple(_link(peer_id, end) for peer_id, end in self._ends.items())
+
+    def link_to(self, peer_id: str) -> Link | None:
+        end = self._ends.get(peer_id)
+        return None if end is None else _link(peer_id, end)
 
     def seal(self, payload: bytes) -> bytes:
         signer = self._peer_id.encode()
@@ -403,6 +404,10 @@ class MemoryMesh:
                 yield
         except trio.TooSlowError as exc:
             raise PeerUnreachable(message) from exc
+
+
+def _link(peer_id: str, end: LinkEnd) -> Link:
+    return Link(peer_id, end.addr, end.dialled, end.since, end.last_received, end.rtt)
 
 
 def _hear(end: LinkEnd, *, message: int, topic: str, origin: str, data: bytes) -> None:

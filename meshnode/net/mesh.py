@@ -196,6 +196,9 @@ class Mesh(Protocol):
     def links(self) -> tuple[Link, ...]:
         """Return one Link for each proven member connected now."""
 
+    def link_to(self, peer_id: str) -> Link | None:
+        """Return the link to one member, if it is connected now; cheaper than all of them."""
+
     def seal(self, payload: bytes) -> bytes:
         """Return ``payload`` in an envelope signed with this node's key."""
 

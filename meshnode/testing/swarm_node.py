@@ -97,6 +97,9 @@ class CountedMesh:
     def links(self) -> tuple[Link, ...]:
         return self.inner.links()
 
+    def link_to(self, peer_id: str) -> Link | None:
+        return self.inner.link_to(peer_id)
+
     def seal(self, payload: bytes) -> bytes:
         return self.inner.seal(payload)
 

@@ -213,6 +213,9 @@ class Libp2pMesh:
     def links(self) -> tuple[Link, ...]:
         return self._links.snapshot()
 
+    def link_to(self, peer_id: str) -> Link | None:
+        return self._links.link_to(peer_id)
+
     async def publish(self, topic: str, data: bytes) -> None:
         await self._pubsub.publish(topic, data)
 

@@ -81,6 +81,10 @@ class Links:
     def snapshot(self) -> tuple[Link, ...]:
         return tuple(_link(conns[0]) for conns in self._conns.values())
 
+    def link_to(self, peer_id: str) -> Link | None:
+        conn = self.get(peer_id)
+        return None if conn is None else _link(conn)
+
 
 def _link(conn: MeshConn) -> Link:
     return Link(
