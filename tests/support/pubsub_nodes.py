@@ -13,13 +13,14 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
-from libp2p.pubsub.pb.rpc_pb2 import Message
+from libp2p.pubsub.pb.rpc_pb2 import RPC, Message
 from libp2p.pubsub.validators import PUBSUB_SIGNING_PREFIX
 from multiaddr import Multiaddr
 
 from meshnode.metrics import Metrics
 from meshnode.net.libp2p.muxer import use_our_muxer
 from meshnode.net.libp2p.pubsub import MeshPubsub
+from meshnode.net.libp2p.pubsub_wire import FrameBuffer
 from meshnode.net.mesh import Verdict
 
 TOPIC = "/meshnode/test/announce/1.0.0"
@@ -156,6 +157,16 @@ async def raw_peer() -> AsyncIterator[RawPeer]:
     peer.host.set_stream_handler(TProtocol(PROTOCOL), keep)
     async with peer.host.run(listen_addrs=listen):
         yield peer
+
+
+async def rpcs_from(raw: RawPeer) -> AsyncIterator[RPC]:
+    """Give what a node sends to a raw peer, over the first stream that it opens."""
+    await until(lambda: bool(raw.inbound))
+    buffer = FrameBuffer()
+    while True:
+        buffer.feed(await raw.inbound[0].read(4096))
+        for payload in buffer.frames():
+            yield RPC.FromString(payload)
 
 
 def signed_message(key_pair: KeyPair, data: bytes, seqno: bytes = b"\0" * 7 + b"\1") -> Message:

@@ -30,8 +30,8 @@ _DEGREE_HIGH = 12
 _HEARTBEAT_INTERVAL = 5  # seconds; GossipSub's own 1 s costs CPU that our rates don't need
 # Messages kept for IHAVE and IWANT, six heartbeats at most; listeners limit each origin's rate.
 _MAX_CACHED_MESSAGES = 20_000
-# What a new subscriber is sent at once; the ledger exchange tells it the rest.
-_MAX_REPLAYED_MESSAGES = 128
+# Of which a new subscriber is told at once; the ledger exchange tells it the rest.
+_MAX_OFFERED_MESSAGES = 128
 
 
 class MeshGossipSub(GossipSub):
@@ -179,10 +179,10 @@ class MeshGossipSub(GossipSub):
         self._send_messages(sender_peer_id, (message for message in wanted if message is not None))
 
     async def send_recent_messages(self, peer_id: ID, topic: str) -> None:
-        # libp2p's own writes to the stream beside its sending task, and so into its frames.
-        recent = self.mcache.window(topic)[:_MAX_REPLAYED_MESSAGES]
-        cached = (self.mcache.get(message_id) for message_id in recent)
-        self._send_messages(peer_id, (message for message in cached if message is not None))
+        # libp2p's own sends them all, and to the stream beside its sending task, so into its
+        # frames. A peer that has heard them over another link asks for none.
+        if recent := self.mcache.window(topic)[:_MAX_OFFERED_MESSAGES]:
+            await self.emit_ihave(topic, recent, peer_id)
 
     async def flush_pending_messages(self, peer_id: ID) -> None:
         """Do nothing: ``publish_nowait`` parks no messages for peers without a subscription."""

@@ -6,6 +6,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import aclosing
 
 import pytest
 import trio
@@ -19,6 +20,7 @@ from support.pubsub_nodes import (
     connect,
     linked,
     raw_peer,
+    rpcs_from,
     running,
     signed_message,
     star,
@@ -119,6 +121,28 @@ async def test_a_message_published_before_the_link_reaches_the_new_peer() -> Non
             await a.pubsub.publish(TOPIC, b"said to nobody")
             await linked(a, b)
             await b.wait_heard(1)
+
+
+async def test_a_new_peer_is_offered_what_was_said_lately_and_gets_what_it_asks_for() -> None:
+    """Sent unasked, all of it came again over each of fifty links that a restarted mesh makes."""
+    with trio.fail_after(10):
+        async with running() as a, raw_peer() as raw:
+            for words in (b"said", b"to nobody"):
+                await a.pubsub.publish(TOPIC, words)
+            stream = await raw.open_stream(a)
+            hello = rpc_pb2.RPC.SubOpts(subscribe=True, topicid=TOPIC)
+            await stream.write(encode_frame(rpc_pb2.RPC(subscriptions=[hello])))
+            async with aclosing(rpcs_from(raw)) as told:
+                while not (rpc := await anext(told)).control.ihave:
+                    assert not rpc.publish
+                (ihave,) = rpc.control.ihave
+                assert (ihave.topicID, len(ihave.messageIDs)) == (TOPIC, 2)
+                iwant = rpc_pb2.ControlIWant(messageIDs=ihave.messageIDs[1:])
+                control = rpc_pb2.ControlMessage(iwant=[iwant])
+                await stream.write(encode_frame(rpc_pb2.RPC(control=control)))
+                while not (rpc := await anext(told)).publish:
+                    assert not rpc.control.ihave  # once is enough
+                assert [message.data for message in rpc.publish] == [b"to nobody"]
 
 
 async def test_thirty_origins_through_one_hub_within_a_second_all_arrive() -> None:
