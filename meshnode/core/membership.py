@@ -35,7 +35,9 @@ from meshnode.core.wire import (
 from meshnode.errors import PeerRefused, TokenRefused, WireError
 
 PROTOCOL_ID = "/meshnode/membership/1.0.0"
-TIMEOUT = 3.0  # seconds from a new connection to its outcome; a stranger gets no longer
+# From a new connection to its outcome; a stranger gets no longer. Long, since after a power cut all
+# knock at one bootstrap, and whom that would not wait for would knock again.
+TIMEOUT = 10.0  # seconds
 MAX_MESSAGE_BYTES = 2048  # a refusal's text of 256 four-byte characters, and its keys
 KEY_BYTES = 32
 NONCE_BYTES = 32

@@ -10,6 +10,7 @@ import trio
 
 from meshnode.core.known_peers import KnownPeers
 from meshnode.core.ledger import Ledger
+from meshnode.core.membership import TIMEOUT as MEMBERSHIP_TIMEOUT
 from meshnode.errors import ConfigError, MeshError, PeerLate, PeerUnreachable, TokenRefused
 from meshnode.net.mesh import Mesh
 from meshnode.net.rng import Rng
@@ -19,7 +20,7 @@ MAX_DIALS = 6
 DIAL_TIMEOUT = 3.0  # seconds, for one peer with all its addresses
 # After a power cut everybody dials the same bootstrap at once. It gets round to each, but late, and
 # whoever gives up and begins anew only makes it later still.
-_BOOTSTRAP_PATIENCE = 10.0  # seconds
+_BOOTSTRAP_PATIENCE = MEMBERSHIP_TIMEOUT  # as long as it waits for us
 _ADDR_TIMEOUT = 1.5  # seconds for one address while there is another to try
 # Where a relay is known, direct ways may take this share of the time, in all; and for a while after
 # they led nowhere they are left to whoever replaces relayed links.

@@ -247,13 +247,12 @@ class Libp2pMesh:
         return await connect_tcp(endpoint, user_timeout=self._limits.tcp_user_timeout)
 
     async def _dial_relay(self, addr: CircuitAddr) -> None:
-        limits = self._limits
         await self._gate.dial(
             addr.relay_id,
             addr.relay.multiaddr,
             partial(self._open_tcp, addr.relay),
             direct=True,
-            timeout=limits.handshake_timeout + limits.membership_timeout,
+            timeout=self._limits.relay_timeout,
         )
 
     async def open_stream(self, peer_id: str, protocol_id: str, *, timeout: float) -> MeshStream:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meshnode.core.membership import TIMEOUT
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -18,11 +20,14 @@ class Limits:
     max_pending_on_loopback: int = 256
     # A pending connection this old makes room for a newcomer: real ones are long done.
     pending_yields_after: float = 1.0
-    # From TCP accept to a noise-secured, muxed connection. The library's own 10 s let 250 idle
-    # sockets shut everybody out.
-    handshake_timeout: float = 3.0
-    # From the muxed connection to a proven member.
-    membership_timeout: float = 3.0
+    # From TCP accept to a noise-secured, muxed connection, and from there to a proven member. A
+    # crowd that restarts at once takes seconds; idle sockets make room for others long before.
+    handshake_timeout: float = TIMEOUT
+    membership_timeout: float = TIMEOUT
+    # A member that is asked to prove another key, since that of its link is withdrawn.
+    renewal_timeout: float = 3.0
+    # A relay on the way to somebody, until it is linked.
+    relay_timeout: float = 6.0
     # How long a refused peer may take to read why before the connection is closed under it.
     farewell_timeout: float = 1.0
     # A peer that says "we are already connected" is given this long to be right.

@@ -49,7 +49,7 @@ class Renewal:
     async def _ask(self, conn: MeshConn) -> None:
         """Have a peer prove a key that still counts, or close its connection."""
         error: MeshnodeError | None = None
-        with trio.move_on_after(self._limits.membership_timeout) as scope:
+        with trio.move_on_after(self._limits.renewal_timeout) as scope:
             try:
                 muxed, _ = await open_negotiated(conn, (PROTOCOL_ID,))
                 stream = Libp2pStream(muxed, conn.peer_id, PROTOCOL_ID)
@@ -66,7 +66,7 @@ class Renewal:
     async def answer(self, conn: MeshConn, stream: Libp2pStream) -> None:
         """Run the listening side: the peer dropped the key that this link rests on."""
         try:
-            with trio.fail_after(self._limits.membership_timeout):
+            with trio.fail_after(self._limits.renewal_timeout):
                 conn.proven_by = await prove_as_listener(
                     stream,
                     self._membership.now.keys,

@@ -183,7 +183,7 @@ async def test_between_members_one_renewal_at_a_time_is_answered_whoever_dialled
 
 
 async def test_a_member_that_proves_nothing_anew_is_cut_off(make_node, run_nodes):
-    one, two = make_node(limits=Limits(membership_timeout=0.2)), make_node()
+    one, two = make_node(limits=Limits(renewal_timeout=0.2)), make_node()
     with trio.fail_after(10):
         async with run_nodes(one, two):
             await two.open_stream(one.peer_id, membership.PROTOCOL_ID, timeout=1)
