@@ -26,8 +26,11 @@ from meshnode.net.parting import DEFAULT_TARGETS, LinkTargets, Parting
 from meshnode.net.rng import Rng
 
 _FILL_INTERVAL = 0.5  # seconds
-# While others join, each so soon after the last, no more links are made than make a mesh whole.
-_SETTLES = 2.0  # seconds
+# While others join, each so soon after the last, only few links are made: made by all at once, the
+# rest would take the time of those that still join. A mesh that grows for longer needs them.
+_SETTLES = 3.0  # seconds
+_LINKS_AT_FIRST = 3
+_AT_FIRST = 15.0  # seconds
 # Of two that find each other at once, the one with the larger peer ID lets the other begin.
 _YIELD_FIRST = 0.3  # seconds
 # Whether a bootstrap that is heard through others needs a link after all is looked at this often.
@@ -100,6 +103,7 @@ class Peering:
         self._links_changed = trio.Event()
         self._others_counted = 0
         self._grew_at = float("-inf")  # when there were more others than before
+        self._grows_since = float("-inf")
         self._refused_by: dict[str, TokenRefused] = {}  # bootstraps, by address
         self._refusals_logged: set[str] = set()
         self._fatal: TokenRefused | None = None
@@ -279,6 +283,8 @@ class Peering:
     def _note_growth(self, now: float) -> None:
         others = self._others()
         if others > self._others_counted:
+            if now - self._grew_at >= _SETTLES:
+                self._grows_since = now
             self._grew_at = now
         self._others_counted = others
 
@@ -286,8 +292,9 @@ class Peering:
         """Return peers to dial now, chosen at random, so that links after them are enough."""
         missing = self._missing_links() - self._dialler.waiting
         if now - self._grew_at < _SETTLES:
-            # The rest can wait: made by all at once, they take the time of those that still join.
-            missing = min(missing, self._targets.min_links - len(self._mesh.links()))
+            is_new = now - self._grows_since < _AT_FIRST
+            enough = _LINKS_AT_FIRST if is_new else self._targets.min_links
+            missing = min(missing, enough - len(self._mesh.links()))
         if missing <= 0:
             return []
         others = [e.peer_id for e in self._ledger.online(now) if e.peer_id != self._mesh.peer_id]

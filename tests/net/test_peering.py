@@ -197,10 +197,26 @@ async def test_links_to_all_wait_until_nobody_joins_any_more(
         await start(node)
         await trio.sleep(1)
 
-    at_most = DEFAULT_TARGETS.min_links * (len(nodes) - 1)
-    assert sum(len(node.mesh.links()) for node in nodes) / 2 <= at_most
+    def links():
+        return sum(len(node.mesh.links()) for node in nodes) / 2
+
+    assert links() <= 3 * (len(nodes) - 1)
     took = await wait_until(lambda: all(len(n.mesh.links()) == 19 for n in nodes), within=15)
     assert took < 5
+
+
+async def test_a_mesh_that_never_stops_growing_becomes_whole_all_the_same(
+    make_node, start, autojump_clock
+):
+    boot = make_node("n0")
+    nodes = [boot, *(make_node(f"n{i}", bootstraps=(boot.addr,)) for i in range(1, 26))]
+    for node in nodes:
+        await start(node)
+        await trio.sleep(1)
+
+    settled = nodes[:5]
+    assert all(len(n.mesh.links()) >= DEFAULT_TARGETS.min_links for n in settled)
+    assert sum(len(n.mesh.links()) for n in nodes) / 2 <= 6 * (len(nodes) - 1)
 
 
 async def test_beyond_thirty_nodes_each_keeps_some_links_and_all_hear_all(
