@@ -1,7 +1,8 @@
 """What this node says of itself to all, and what it believes of what it hears.
 
 The law here: an announcement counts only if its signer, its sender and the node that it speaks of
-are one and the same, and its Seq is new. Everything else is dropped and counted by reason.
+are one and the same, and its Seq is new. Everything else is dropped and counted by reason; only
+what a record told before is passed on, though it tells nothing here.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _STALL = 1.0  # seconds
 _ORIGIN_RATE = 2.0  # announcements per second
 _ORIGIN_BURST = 15.0
 _MAX_ORIGINS = 20_000  # twice as many as a ledger holds
+_MAX_RELAYED = 10_000  # as many as a ledger holds
 
 log = structlog.get_logger(__name__)
 
@@ -82,6 +84,8 @@ class Hearer:
         self._router = router
         self._open_sealed = open_sealed
         self._metrics = metrics
+        # peer ID -> the Seq that a record brought, and gossip has not yet
+        self._relayed: dict[str, int] = {}
         self._rates = RateLimit(per_s=_ORIGIN_RATE, burst=_ORIGIN_BURST, max_keys=_MAX_ORIGINS)
 
     def hear(self, sender: str, envelope: bytes) -> Verdict:
@@ -97,6 +101,11 @@ class Hearer:
             return Verdict.IGNORE
         observation = self._observe(node, envelope, now, age=0.0)
         if observation is Observation.STALE:
+            if self._relayed.get(sender) == node.seq:
+                del self._relayed[sender]
+                # While many join at once, records outrun gossip at half of the nodes. Peers behind
+                # them, which have no record, would miss it.
+                return Verdict.ACCEPT
             self._reject("stale", sender)
             return Verdict.IGNORE
         if observation is Observation.FULL:
@@ -116,7 +125,13 @@ class Hearer:
         if node.id == self._ledger.self_id:
             self.on_own_seq(node.seq)
             return Observation.STALE
-        return self._observe(node, envelope, trio.current_time(), age)
+        observation = self._observe(node, envelope, trio.current_time(), age)
+        if observation is not Observation.STALE:
+            self._relayed.pop(node.id, None)
+            if len(self._relayed) >= _MAX_RELAYED:
+                self._relayed.pop(next(iter(self._relayed)))
+            self._relayed[node.id] = node.seq
+        return observation
 
     def record_own(self, node: NodeData, envelope: bytes) -> None:
         """Observe this node itself, so that it is a candidate and its record can be relayed."""

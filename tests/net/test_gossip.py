@@ -104,6 +104,27 @@ async def test_a_relayed_record_is_as_old_as_it_was(pair, autojump_clock):
     assert hearer.online() == set()
 
 
+async def test_what_a_record_told_first_is_forwarded_once_and_no_sign_of_life(pair, autojump_clock):
+    """Else a ledger exchange, which outruns gossip, cuts off those who hear through this node."""
+    hearer, speaker = pair
+    envelope = says(speaker)
+    assert hearer.hearer.take_record(envelope, age=30.0) is Observation.NEW
+    await trio.sleep(9)
+    assert hearer.hearer.hear(speaker.peer_id, envelope) is Verdict.ACCEPT
+    assert hearer.hearer.hear(speaker.peer_id, envelope) is Verdict.IGNORE
+    assert hearer.counted("announcements_total", direction="received") == 0
+    assert hearer.counted("announcements_rejected_total", reason="stale") == 1
+    await trio.sleep(1)
+    assert hearer.online() == set()
+
+
+async def test_an_older_one_than_a_record_told_is_not_forwarded(pair):
+    hearer, speaker = pair
+    hearer.hearer.take_record(says(speaker, seq=10), age=1.0)
+    assert hearer.hearer.hear(speaker.peer_id, says(speaker, seq=9)) is Verdict.IGNORE
+    assert hearer.hearer.hear(speaker.peer_id, says(speaker, seq=10)) is Verdict.ACCEPT
+
+
 async def test_a_relayed_record_that_its_owner_did_not_sign_is_none(pair, make_node):
     hearer, speaker = pair
     forger = make_node("forger")
