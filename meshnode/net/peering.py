@@ -28,8 +28,8 @@ from meshnode.net.rng import Rng
 _FILL_INTERVAL = 0.5  # seconds
 # While others join, each so soon after the last, only few links are made: made by all at once, the
 # rest would take the time of those that still join. A mesh that grows for longer needs them.
-_SETTLES = 3.0  # seconds
-_LINKS_AT_FIRST = 3
+_SETTLES = 1.0  # seconds
+_LINKS_AT_FIRST = 4
 _AT_FIRST = 15.0  # seconds
 # Of two that find each other at once, the one with the larger peer ID lets the other begin.
 _YIELD_FIRST = 0.3  # seconds
