@@ -126,7 +126,7 @@ class Hearer:
             self.on_own_seq(node.seq)
             return Observation.STALE
         observation = self._observe(node, envelope, trio.current_time(), age)
-        if observation is not Observation.STALE:
+        if observation not in (Observation.STALE, Observation.FULL):
             self._relayed.pop(node.id, None)
             if len(self._relayed) >= _MAX_RELAYED:
                 self._relayed.pop(next(iter(self._relayed)))

@@ -27,7 +27,8 @@ from meshnode.net.rng import Rng
 
 _FILL_INTERVAL = 0.5  # seconds
 # While others join, each so soon after the last, only few links are made: made by all at once, the
-# rest would take the time of those that still join. A mesh that grows for longer needs them.
+# rest would take the time of those that still join. Fewer, or for longer, and the next deaths part
+# the mesh; one that grows for longer makes as many as keep it whole.
 _SETTLES = 1.0  # seconds
 _LINKS_AT_FIRST = 4
 _AT_FIRST = 15.0  # seconds
@@ -103,7 +104,7 @@ class Peering:
         self._links_changed = trio.Event()
         self._others_counted = 0
         self._grew_at = float("-inf")  # when there were more others than before
-        self._grows_since = float("-inf")
+        self._grows_since: float | None = None  # None: not now, so that all links may be made
         self._refused_by: dict[str, TokenRefused] = {}  # bootstraps, by address
         self._refusals_logged: set[str] = set()
         self._fatal: TokenRefused | None = None
@@ -283,15 +284,17 @@ class Peering:
     def _note_growth(self, now: float) -> None:
         others = self._others()
         if others > self._others_counted:
-            if now - self._grew_at >= _SETTLES:
-                self._grows_since = now
             self._grew_at = now
         self._others_counted = others
+        if now - self._grew_at >= _SETTLES:
+            self._grows_since = None
+        elif self._grows_since is None:
+            self._grows_since = now
 
     def _whom_to_dial(self, now: float) -> list[str]:
         """Return peers to dial now, chosen at random, so that links after them are enough."""
         missing = self._missing_links() - self._dialler.waiting
-        if now - self._grew_at < _SETTLES:
+        if self._grows_since is not None:
             is_new = now - self._grows_since < _AT_FIRST
             enough = _LINKS_AT_FIRST if is_new else self._targets.min_links
             missing = min(missing, enough - len(self._mesh.links()))
