@@ -101,6 +101,10 @@ class StreamReset(MeshError):
     """The stream was reset or its connection died; what was read is cut short."""
 
 
+class LinkLost(StreamReset):
+    """The connection to the peer ended while the stream was open: the peer did not cut it."""
+
+
 class StreamClosed(MeshError):
     """The stream was already closed on this side."""
 

@@ -14,10 +14,9 @@ from meshnode.core.candidates import Candidates
 from meshnode.core.circuit import Circuit, Grounds
 from meshnode.core.lease import Lease, Record
 from meshnode.core.retry_budget import RetryBudget
+from meshnode.core.tries import NO_FAILURES
 from meshnode.errors import RetriesSpent
 
-# Answers of a peer that is well: it only takes nothing more at the moment.
-_NO_FAILURES = frozenset({"busy", "draining"})
 _JITTER_STEPS = 1000
 
 
@@ -111,7 +110,7 @@ class LeaseBook:
         if first_word:
             self._know(lease)
         circuit = self._circuit(lease)
-        if reason in _NO_FAILURES:
+        if reason in NO_FAILURES:
             view = self._candidates.known(lease.peer_id)
             assert view is not None
             view.hold_back(lease.service_id, reason, now)

@@ -17,6 +17,7 @@ import trio
 
 from meshnode.core.lease import Lease
 from meshnode.core.router import Router
+from meshnode.core.tries import Tries
 from meshnode.errors import AllFull, NoCandidate, Overloaded
 from meshnode.metrics import Metrics
 from meshnode.net.accept import AcceptLimits, Acceptor
@@ -28,16 +29,11 @@ from meshnode.net.tcp_stream import TcpStream
 from meshnode.net.upstream import AttemptError, Upstreams
 from meshnode.tracing import NO_TRACER, Span, Tracer
 
-# Different peers tried for one client: a fourth would seldom fare better, and the client waits.
-MAX_ATTEMPTS = 3
-
 log = structlog.get_logger(__name__)
 
 # Most answers begin sooner; a peer that has served nobody yet is not waited for any longer while
 # there is another.
 FIRST_BYTE_TIMEOUT = 30.0  # seconds
-# What the peer says of itself, and no failure: the client keeps its place and asks another.
-_NO_FAILURES = frozenset({"busy", "draining"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +71,7 @@ class _Client:
     service_id: str
     accepted_at: float
     span: Span
-    tried: dict[str, str] = field(default_factory=dict)  # peer ID -> how it failed
-    asked: int = 0  # peers that did not serve, those included that were only busy
-    waiting_since: float | None = None  # when somebody was busy first
+    tries: Tries = field(default_factory=Tries)
 
 
 class _ClientGoneError(Exception):
@@ -147,14 +141,13 @@ class EntryPoint:
         try:
             service_id = self._choose_service()
             client = _Client(socket, held, service_id, trio.current_time(), span)
-            while len(client.tried) < MAX_ATTEMPTS:
+            while client.tries.may_go_on():
                 outcome = await self._attempt(client)
                 if outcome is not None:
                     return outcome
-            reasons = ", ".join(client.tried.values())
             raise NoCandidate(
-                f"{len(client.tried)} peers offer {client.service_id!r}, "
-                f"but none served this request: {reasons}"
+                f"{len(client.tries.passed_over)} peers offer {client.service_id!r}, "
+                f"but none served this request: {client.tries}"
             )
         except _ClientGoneError:
             return "client_gone"
@@ -172,7 +165,7 @@ class EntryPoint:
         """
         with ExitStack() as holding:
             lease = holding.enter_context(await self._lease(client))
-            picked_at, retries = trio.current_time(), client.asked
+            picked_at, retries = trio.current_time(), client.tries.count
             self._metrics.routing_decisions.labels(tier=lease.decision.tier).inc()
             if client.span.is_recording:
                 client.span.say(lease.decision.attributes() | {"meshnode.retries": retries})
@@ -188,17 +181,13 @@ class EntryPoint:
         return outcome
 
     def _give_up(self, client: _Client, lease: Lease, failure: AttemptError) -> None:
-        client.asked += 1
-        if failure.reason not in _NO_FAILURES:
-            client.tried[lease.peer_id] = failure.reason
-        elif client.waiting_since is None:
-            client.waiting_since = trio.current_time()
+        client.tries = client.tries.after(lease.peer_id, failure.reason, trio.current_time())
         self._metrics.retries.labels(reason=failure.reason).inc()
         log.info(
             "peer_given_up",
             peer_id=lease.peer_id,
             service=client.service_id,
-            attempt=client.asked,
+            attempt=client.tries.count,
             reason=failure.reason,
             error=str(failure),
         )
@@ -211,6 +200,7 @@ class EntryPoint:
         Raises:
             NoCandidate: nobody can serve it, or none had room in time.
         """
+        tries = client.tries
 
         def try_lease() -> Lease:
             return self._router.lease(
@@ -218,17 +208,17 @@ class EntryPoint:
                 wall_time=self._wall_time(),
                 service_id=client.service_id,
                 target=self._settings.target,
-                exclude=tuple(client.tried),
-                attempt=client.asked + 1,
-                is_retry=bool(client.tried),
+                exclude=tuple(tries.passed_over),
+                attempt=tries.count + 1,
+                is_retry=bool(tries.passed_over),
             )
 
-        key = (client.service_id, self._settings.target, frozenset(client.tried))
+        key = (client.service_id, self._settings.target, frozenset(tries.passed_over))
         try:
-            if client.waiting_since is None:
+            if tries.waiting_since is None:
                 return self._queue.lease_now(try_lease, key=key)
         except AllFull:
-            client.waiting_since = trio.current_time()
+            client.tries = tries.waiting(trio.current_time())
         return await self._wait(client, try_lease, key)
 
     async def _wait(self, client: _Client, try_lease: Callable[[], Lease], key: Hashable) -> Lease:
@@ -245,7 +235,9 @@ class EntryPoint:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch)
                 try:
-                    lease = await self._queue.lease(try_lease, key=key, since=client.waiting_since)
+                    lease = await self._queue.lease(
+                        try_lease, key=key, since=client.tries.waiting_since
+                    )
                 except NoCandidate as exc:
                     refusal = exc
                 nursery.cancel_scope.cancel()
@@ -286,7 +278,7 @@ class EntryPoint:
         elif end is _STALLED:
             failure = "stalled"
         elif end.outcome is SpliceOutcome.UPSTREAM_CUT:
-            failure = "cut"
+            failure = "lost" if end.is_lost else "cut"
         log.debug(
             "tunnel_ended",
             role="entry",
@@ -330,14 +322,14 @@ class EntryPoint:
         """Give up a peer that says nothing and has served nobody yet, if there is another."""
         await client.held.passed_on.wait()
         await trio.sleep(self._settings.first_byte_timeout)
-        if not client.held.can_be_handed_on or len(client.tried) + 1 >= MAX_ATTEMPTS:
+        if not (client.held.can_be_handed_on and client.tries.may_go_on(failing=1)):
             return
         try:
             self._router.explain(
                 now=trio.current_time(),
                 service_id=client.service_id,
                 target=self._settings.target,
-                exclude=(*client.tried, lease.peer_id),
+                exclude=(*client.tries.passed_over, lease.peer_id),
             )
         except NoCandidate:
             return  # it may only be slow, and a slow answer is better than none

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import trio
 
-from meshnode.errors import PeerRefused, PeerUnreachable, StreamClosed, StreamReset
+from meshnode.errors import LinkLost, PeerRefused, PeerUnreachable, StreamClosed, StreamReset
 
 # A writer waits once this many bytes (per direction) are unread; the size yamux starts with.
 WINDOW_BYTES = 256 * 1024
@@ -80,7 +80,7 @@ class LinkEnd:
         self.alive = False
         self.held.clear()
         for stream in tuple(self._streams.values()):
-            stream.on_reset(f"the link to {self.peer_id} ended: {reason}")
+            stream.on_reset(f"the link to {self.peer_id} ended: {reason}", is_lost=True)
         self._streams.clear()
         self.owner.forget_link(self, reason)
 
@@ -137,6 +137,7 @@ class MemoryStream:
         self._eof_sent = False
         self._closed = False
         self._cut: str | None = None  # why, once reset or dead
+        self._is_lost = False  # dead, and not reset
         self._changed = trio.lowlevel.ParkingLot()
 
     @property
@@ -156,8 +157,7 @@ class MemoryStream:
         """
         while not self._accepted:
             self._check_served()
-            if self._cut is not None:
-                raise StreamReset(self._cut)
+            self._check_cut()
             await self._changed.park()
 
     async def receive_some(self, max_bytes: int = 65536) -> bytes:
@@ -166,10 +166,9 @@ class MemoryStream:
             if self._closed:
                 raise StreamClosed("this side already closed the stream")
             self._check_served()
-            if self._cut is not None:
-                if self.is_begun and not self._accepted:
-                    raise PeerUnreachable(self._cut)
-                raise StreamReset(self._cut)
+            if self._cut is not None and self.is_begun and not self._accepted:
+                raise PeerUnreachable(self._cut)
+            self._check_cut()
             if self._inbound:
                 return self._take(max_bytes)
             if self._eof_received:
@@ -195,8 +194,7 @@ class MemoryStream:
 
     async def send_eof(self) -> None:
         await trio.lowlevel.checkpoint()
-        if self._cut is not None:
-            raise StreamReset(self._cut)
+        self._check_cut()
         if self._closed:
             raise StreamClosed("this side already closed the stream")
         self._finish_sending()
@@ -245,9 +243,10 @@ class MemoryStream:
         self._drop_if_over()
         self._changed.unpark_all()
 
-    def on_reset(self, reason: str) -> None:
+    def on_reset(self, reason: str, *, is_lost: bool = False) -> None:
         if self._cut is None:
             self._cut = reason
+            self._is_lost = is_lost
             self._inbound.clear()
             self._end.drop_stream(self.stream_id)
             self._changed.unpark_all()
@@ -259,8 +258,11 @@ class MemoryStream:
     def _check_sendable(self) -> None:
         if self._closed or self._eof_sent:
             raise StreamClosed("this side already closed the stream, or its sending half")
+        self._check_cut()
+
+    def _check_cut(self) -> None:
         if self._cut is not None:
-            raise StreamReset(self._cut)
+            raise LinkLost(self._cut) if self._is_lost else StreamReset(self._cut)
 
     def _take(self, max_bytes: int) -> bytes:
         chunk = bytes(self._inbound[:max_bytes])

@@ -23,7 +23,8 @@ class ByteStream(Protocol):
         """Return 1 to ``max_bytes`` bytes, or ``b""`` at the other side's clean end.
 
         Raises:
-            StreamReset: the other side reset the stream, or its connection died.
+            StreamReset: the other side reset the stream.
+            LinkLost: its connection died. A kind of StreamReset, too.
             StreamClosed: this side already closed or reset the stream.
         """
 
@@ -33,7 +34,7 @@ class ByteStream(Protocol):
         Cancelling leaves the stream usable only for ``reset``: it is unknown how much was sent.
 
         Raises:
-            StreamReset: the other side reset the stream, or its connection died.
+            StreamReset, LinkLost: as ``receive_some``.
             StreamClosed: this side already closed, half-closed or reset the stream.
         """
 

@@ -12,7 +12,7 @@ from enum import Enum
 
 import trio
 
-from meshnode.errors import StreamClosed, StreamReset
+from meshnode.errors import LinkLost, StreamClosed, StreamReset
 from meshnode.net.mesh import ByteStream
 
 # A thinking model may say nothing for minutes; a client that lost its network, for ever.
@@ -39,14 +39,15 @@ class SpliceEnd:
 
     outcome: SpliceOutcome
     error: str | None = None
+    is_lost: bool = False  # the connection under the stream died, which nobody cut
 
 
 class _CutError(Exception):
     """One of the two streams failed."""
 
-    def __init__(self, outcome: SpliceOutcome, error: str) -> None:
-        super().__init__(error)
-        self.end = SpliceEnd(outcome, error)
+    def __init__(self, outcome: SpliceOutcome, error: Exception) -> None:
+        super().__init__(str(error))
+        self.end = SpliceEnd(outcome, str(error), isinstance(error, LinkLost))
 
 
 async def splice(
@@ -109,7 +110,7 @@ class _Direction:
             try:
                 data = await self.source.receive_some(_CHUNK_BYTES)
             except (StreamReset, StreamClosed) as exc:
-                raise _CutError(source_fails, str(exc)) from exc
+                raise _CutError(source_fails, exc) from exc
             self.activity.touch()
             try:
                 if not data:
@@ -118,7 +119,7 @@ class _Direction:
                 self.count(len(data))
                 await self.sink.send_all(data)
             except (StreamReset, StreamClosed) as exc:
-                raise _CutError(sink_fails, str(exc)) from exc
+                raise _CutError(sink_fails, exc) from exc
             self.activity.touch()
 
 

@@ -17,6 +17,7 @@ from meshnode.core.lease import Lease
 from meshnode.core.router import Router
 from meshnode.core.tunnel import PROTOCOL_ID, TunnelReply
 from meshnode.errors import (
+    LinkLost,
     MeshError,
     MeshnodeError,
     PeerRefused,
@@ -163,6 +164,8 @@ class Upstreams:
             case TunnelBroken():
                 self._metrics.protocol_faults.labels(protocol="tunnel", code=exc.code).inc()
                 return AttemptError("protocol_error", str(exc), is_untouched=is_untouched)
+            case LinkLost():
+                return AttemptError("lost", str(exc), is_untouched=is_untouched)
             case _:
                 return AttemptError("reset", str(exc), is_untouched=is_untouched)
 

@@ -9,6 +9,7 @@ import trio
 
 from meshnode.errors import (
     ConfigError,
+    LinkLost,
     MeshError,
     PeerRefused,
     PeerUnreachable,
@@ -219,8 +220,9 @@ async def test_a_reset_is_never_an_end(meshes):
 
             theirs.reset()
 
-            with pytest.raises(StreamReset):
+            with pytest.raises(StreamReset) as caught:
                 await receive_all(ours)
+            assert not isinstance(caught.value, LinkLost)
             with pytest.raises((StreamReset, StreamClosed)):
                 await ours.send_all(b"y" * 1000)
             with pytest.raises(StreamClosed):
@@ -245,10 +247,12 @@ async def test_a_dead_link_cuts_its_streams_and_is_told_once(meshes):
 
             await b.disconnect(a.peer_id, "test")
 
-            with pytest.raises(StreamReset):
+            with pytest.raises(LinkLost):
                 await receive_all(ours)
-            with pytest.raises(StreamReset):
+            with pytest.raises(LinkLost):
                 await receive_all(theirs)
+            with pytest.raises(LinkLost):
+                await ours.send_all(b"y")
             await events[a.peer_id].wait(LinkState.DOWN)
             assert len(events[a.peer_id].of(LinkState.DOWN)) == 1
             assert len(events[b.peer_id].of(LinkState.DOWN)) == 1

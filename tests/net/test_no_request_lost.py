@@ -50,6 +50,7 @@ def answers(name):
 def when(event, name):
     async def answer(stream):
         await read_request(stream)
+        answer.begun += 1
         answer.open += 1
         answer.most = max(answer.most, answer.open)
         try:
@@ -58,7 +59,7 @@ def when(event, name):
             answer.open -= 1
         await stream.send_all(name)
 
-    answer.open = answer.most = 0
+    answer.begun = answer.open = answer.most = 0
     return answer
 
 
@@ -279,6 +280,32 @@ async def test_a_peer_killed_before_its_answer_begins_costs_an_http_client_nothi
         bad.kill()
         await wait_until(lambda: len(served) == 1, within=5)
         assert served[0].endswith(b"good")
+
+
+async def test_peers_that_die_one_after_another_with_the_request_are_not_its_fault(
+    make_node, network, link, backend, proxy, nursery, wait_until
+):
+    gate = trio.Event()
+    served = []
+    with trio.fail_after(LIMIT):
+        front = make_node("front")
+        handler = when(gate, b"bad!")
+        port = await backend(handler)
+        dying = [make_node(f"dying{vram}", vram=vram, services=llm(port)) for vram in (9, 8, 7, 6)]
+        good = make_node("good", vram=1, services=llm(await backend(answers(b"good"))))
+        await link(front, *dying, good)
+        connect = await proxy(front, HTTP)
+
+        async def client():
+            served.append(await ask(connect))
+
+        nursery.start_soon(client)
+        for number, peer in enumerate(dying, start=1):
+            await wait_until(lambda number=number: handler.begun == number, within=5)
+            network.sever(front.mesh, peer.mesh)
+        await wait_until(lambda: len(served) == 1, within=5)
+        assert served[0].endswith(b"good")
+        assert front.counted("retries_total", reason="lost") == 4
 
 
 async def test_what_is_no_http_is_never_sent_twice(make_node, link, backend, proxy):

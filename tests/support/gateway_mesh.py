@@ -242,6 +242,10 @@ class GatewayMesh:
         await self.peer(name, engine, **options)
         return engine
 
+    def lose(self, name: str) -> None:
+        """Let the connection to a member die, as the member's death does."""
+        self._network.sever(self.front._mesh, self.peers[name]._mesh)
+
     async def connect(self) -> trio.SocketStream:
         return await trio.open_tcp_stream(*self.address)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from meshnode.core.openai_request import RoutedRequest
+from meshnode.core.tries import Tries
 from meshnode.http.gateway.bodies import LAST_CHUNK, encode_chunk
 from meshnode.http.gateway.client import RequestBody
 from meshnode.http.gateway.headers import request_for_engine
@@ -77,7 +78,7 @@ class Asked:
     is_inference: bool  # it asks for a computation: sent twice, it only costs time
     waits_for_continue: bool  # the client holds its body back until it is asked for
     began_at: float  # trio.current_time() when its head had come
-    tried: dict[str, str] = field(default_factory=dict)  # peer ID -> why it was given up
+    tries: Tries = field(default_factory=Tries)
 
     @property
     def may_repeat(self) -> bool:

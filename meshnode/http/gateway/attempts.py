@@ -16,6 +16,7 @@ import structlog
 import trio
 
 from meshnode.core.lease import Lease
+from meshnode.core.tries import Tries
 from meshnode.errors import MeshError, NoCandidate, StreamClosed
 from meshnode.http.gateway.asked import Asked, Upload
 from meshnode.http.gateway.bodies import Body, BodyError, ChunkedBody, EofBody, LengthBody
@@ -33,8 +34,6 @@ from meshnode.metrics import Metrics
 from meshnode.net.exchange import Exchange
 from meshnode.net.upstream import OPEN_TIMEOUT, PEER_FAILURES, AttemptError, Upstreams
 
-# Different peers tried for one request: a fourth would seldom fare better, and the client waits.
-MAX_ATTEMPTS = 3
 # An engine that is starting, or the proxy before it: nothing was done.
 _NOT_READY = frozenset({502, 503, 504})
 # How engines say that a model is not (or no more) theirs: OpenAI's code, Ollama's words, vLLM's.
@@ -171,13 +170,15 @@ class Attempts:
             FirstByteTimeout: the peer that took it did not answer.
             BadRequest, ClientGone: what the client sent meanwhile.
         """
-        lease = await self._chooser.lease(self._asked, may_wait=True)
+        asked = self._asked
+        lease = await self._chooser.lease(asked, may_wait=True)
         while True:
             try:
                 served = await self._attempt(lease)
             except AttemptError as exc:
+                asked.tries = asked.tries.after(lease.peer_id, exc.reason, trio.current_time())
                 self._give_up(lease, exc.reason, str(exc))
-                if not (exc.is_untouched or self._asked.may_repeat):
+                if not (exc.is_untouched or asked.may_repeat):
                     raise Unserved(
                         f"{exc}; it may have been served, so it was not sent elsewhere"
                     ) from exc
@@ -186,12 +187,12 @@ class Attempts:
             elsewhere = await self._why_elsewhere(served)
             if elsewhere is None:
                 return served
-            tried = self._asked.tried
-            tried[lease.peer_id] = elsewhere
+            before = asked.tries
+            asked.tries = before.after(lease.peer_id, elsewhere, trio.current_time())
             try:
-                other = await self._chooser.lease(self._asked, may_wait=False)
+                other = await self._chooser.lease(asked, may_wait=False)
             except NoCandidate:
-                del tried[lease.peer_id]
+                asked.tries = before
                 return served  # its refusal is better than one of ours
             served.exchange.reset()
             if served.upload is not None:
@@ -200,13 +201,15 @@ class Attempts:
             lease = other
 
     async def _next(self, failure: AttemptError) -> Lease:
-        tried = self._asked.tried
-        if len(tried) < MAX_ATTEMPTS:
+        tries = self._asked.tries
+        if tries.may_go_on():
             try:
                 return await self._chooser.lease(self._asked, may_wait=True)
             except NoCandidate as exc:
-                raise Unserved(f"{_said(tried)}; nobody else can: {exc}") from failure
-        raise Unserved(_said(tried)) from failure
+                if not tries.passed_over:
+                    raise  # all were busy, and none failed
+                raise Unserved(f"{_said(tries)}; nobody else can: {exc}") from failure
+        raise Unserved(_said(tries)) from failure
 
     async def _attempt(self, lease: Lease) -> Served:
         """Send the request to the leased peer, and return the beginning of its answer."""
@@ -254,7 +257,7 @@ class Attempts:
             raise exc from failure.__cause__
         assert accepted_at is not None
         lease.succeeded(accepted_at - picked_at, now=trio.current_time())
-        return Served(lease, exchange, head, body, first, uploading, picked_at, len(asked.tried))
+        return Served(lease, exchange, head, body, first, uploading, picked_at, asked.tries.count)
 
     async def _start_upload(self, upload: Upload, exchange: Exchange) -> Uploading:
         if self._asked.waits_for_continue:
@@ -342,7 +345,7 @@ class Attempts:
         status = served.head.status
         if status not in _NOT_READY and status != 404:
             return None
-        if not self._asked.may_repeat or len(self._asked.tried) + 1 >= MAX_ATTEMPTS:
+        if not (self._asked.may_repeat and self._asked.tries.may_go_on(failing=1)):
             return None
         if status in _NOT_READY:
             return f"status_{status}"
@@ -366,18 +369,17 @@ class Attempts:
                 return
 
     def _give_up(self, lease: Lease, reason: str, error: str) -> None:
-        asked = self._asked
-        asked.tried[lease.peer_id] = reason
+        tries = self._asked.tries
         if reason != "model_not_found":  # a peer that has other models is none the worse for it
             lease.failed(reason, now=trio.current_time())
-        lease.settle(reason, retries=len(asked.tried) - 1)
+        lease.settle(reason, retries=tries.count - 1)
         lease.release()
         self._metrics.retries.labels(reason=reason).inc()
         log.info(
             "peer_given_up",
             peer_id=lease.peer_id,
             service=lease.service_id,
-            attempt=len(asked.tried),
+            attempt=tries.count,
             reason=reason,
             error=error,
         )
@@ -390,7 +392,7 @@ class Attempts:
         lease.settle(
             outcome,
             duration=trio.current_time() - picked_at,
-            retries=len(self._asked.tried),
+            retries=self._asked.tries.count,
         )
         lease.release()
 
@@ -409,6 +411,6 @@ def _bad_answer(why: str) -> AttemptError:
     )
 
 
-def _said(tried: dict[str, str]) -> str:
-    reasons = ", ".join(tried.values())
-    return f"{len(tried)} of the peers were tried, and none served this request: {reasons}"
+def _said(tries: Tries) -> str:
+    count = len(tries.passed_over)
+    return f"{count} of the peers were tried, and none served this request: {tries}"

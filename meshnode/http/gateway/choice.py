@@ -15,8 +15,6 @@ from meshnode.errors import NoCandidate
 from meshnode.http.gateway.asked import Asked
 from meshnode.net.lease_queue import LeaseQueue
 
-# Failures of a peer count as retries; these are answers of one that is well.
-_NO_FAILURES = frozenset({"busy", "draining", "model_not_found"})
 # A client's name for its session; a longer one is cut.
 _MAX_SESSION = 256  # characters
 
@@ -67,11 +65,13 @@ class ModelChooser:
         try_lease = partial(self._try_lease, asked)
         if not may_wait:
             return try_lease()
-        key = (asked.routed.model, self._aim)
-        return await self._queue.lease(try_lease, key=key)
+        tries = asked.tries
+        # One that passes somebody over must not stand before others whom that peer could serve.
+        key = (asked.routed.model, self._aim, frozenset(tries.passed_over))
+        return await self._queue.lease(try_lease, key=key, since=tries.waiting_since)
 
     def _try_lease(self, asked: Asked) -> Lease:
-        routed, tried = asked.routed, asked.tried
+        routed, tries = asked.routed, asked.tries
         return self._models.lease(
             ModelRequest(
                 now=trio.current_time(),
@@ -80,10 +80,11 @@ class ModelChooser:
                 session=self._session(asked),
                 service_id=self._aim.service_id,
                 target=self._aim.target,
-                exclude=tuple(tried),
-                attempt=len(tried) + 1,
+                exclude=tuple(tries.passed_over),
+                attempt=tries.count + 1,
                 wall_time=self._wall_time(),
-                is_retry=not _NO_FAILURES.issuperset(tried.values()),
+                # A peer that has other models did not fail.
+                is_retry=any(why != "model_not_found" for why in tries.passed_over.values()),
             )
         )
 

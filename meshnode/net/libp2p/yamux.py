@@ -159,7 +159,7 @@ class Connection:
             return
         self.ended = reason
         for stream in [*self.streams.values(), *self._unannounced]:
-            stream.cut_off(reason)
+            stream.cut_off(reason, is_lost=True)
         self.backlog.clear()
         self._ready.clear()
 

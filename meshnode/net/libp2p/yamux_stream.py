@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from meshnode.errors import StreamClosed, StreamReset
+from meshnode.errors import LinkLost, StreamClosed, StreamReset
 from meshnode.net.libp2p.yamux_frames import INITIAL_WINDOW, RST, SYN, WINDOW_UPDATE
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Stream:
         "_connection",
         "_consumed",
         "_inbox",
+        "_is_lost",
         "_outbox",
         "_taken",
         "aborted",
@@ -85,6 +86,7 @@ class Stream:
         # The end.
         self.aborted = False  # reset on this side
         self.cut: str | None = None  # why it ended before its time
+        self._is_lost = False  # its connection ended, and not it alone
         self.gone = False  # out of the connection's table
 
     def read(self, max_bytes: int) -> bytes | None:
@@ -101,8 +103,7 @@ class Stream:
             return data
         if self.ended:
             return b""
-        if self.cut is not None:
-            raise StreamReset(self.cut)
+        self._check_cut()
         if not self.id:
             # Whoever waits for an answer wants the peer to know of the stream.
             self._connection.announce(self)
@@ -116,8 +117,7 @@ class Stream:
         """
         if self.aborted or self.fin_queued:
             raise StreamClosed("this stream was closed for sending on this side")
-        if self.cut is not None:
-            raise StreamReset(self.cut)
+        self._check_cut()
         size = min(len(data), self._connection.limits.send_buffer - self.queued)
         if size > 0:
             self._outbox.append(data[:size])
@@ -194,11 +194,16 @@ class Stream:
         if self.fin_sent:
             self._connection.forget(self)
 
-    def cut_off(self, reason: str) -> None:
-        """End before its time: what is queued is lost, what came whole stays readable."""
+    def cut_off(self, reason: str, *, is_lost: bool = False) -> None:
+        """End before its time: what is queued is lost, what came whole stays readable.
+
+        Args:
+            is_lost: the whole connection ended.
+        """
         if self.gone:
             return
         self.cut = reason
+        self._is_lost = is_lost
         self._connection.queued -= self.queued
         self.queued = 0
         self._outbox.clear()
@@ -230,6 +235,10 @@ class Stream:
         if self.queued:
             return self.send_credit > 0
         return self.fin_queued and not self.fin_sent
+
+    def _check_cut(self) -> None:
+        if self.cut is not None:
+            raise LinkLost(self.cut) if self._is_lost else StreamReset(self.cut)
 
     def _pop(self, max_bytes: int) -> bytes:
         inbox = self._inbox

@@ -230,6 +230,102 @@ async def test_three_peers_are_tried_and_no_more(mesh):
         assert b"3 of the peers were tried" in answer
 
 
+async def test_peers_that_die_one_after_another_with_the_request_are_not_its_fault(mesh):
+    with trio.fail_after(LIMIT):
+        await mesh.open()
+
+        def dying(name):
+            async def serve(connection):
+                if await connection.request() is not None:
+                    mesh.lose(name)
+
+            return serve
+
+        for number in range(4):
+            await mesh.served_by(dying(f"dying{number}"), f"dying{number}", vram=9)
+        await mesh.served_by(answering(b"yes"), "good", vram=1)
+        answer = await exchange(mesh, chat())
+        assert answer.endswith(b"yes")
+        # The stream died before the peer's word on it, or after.
+        lost = [mesh.counted("retries_total", reason=word) for word in ("lost", "unreachable")]
+        assert sum(lost) == 4
+
+
+def busy_first(peer, times=1):
+    """Let a peer have no room for its first requests, though nobody knew."""
+    admit, asked = peer.services.admit, []
+
+    def busy(service_id):
+        asked.append(service_id)
+        return "busy" if len(asked) <= times else admit(service_id)
+
+    peer.services.admit = busy
+
+
+async def test_a_request_waits_for_peers_that_are_all_busy(mesh):
+    with trio.fail_after(LIMIT):
+        await mesh.open()
+        for number in range(4):
+            await mesh.served_by(answering(b"yes"), f"busy{number}")
+        for peer in mesh.peers.values():
+            busy_first(peer)
+        answer = await exchange(mesh, chat())
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert mesh.counted("retries_total", reason="busy") == 4
+        assert mesh.counted("queue_wait_seconds_count", outcome="served") == 1
+        (last, *_) = mesh.front.router.decisions()
+        assert (last.attempt, last.retries) == (5, 4)
+
+
+async def test_peers_that_stay_busy_are_a_503_that_says_when_to_come_back(mesh):
+    with trio.fail_after(LIMIT):
+        await mesh.open()
+        await mesh.served_by(answering(b"yes"))
+        busy_first(mesh.peers["peer"], times=100)
+        answer = await exchange(mesh, chat())  # the queue's timeout is 1 s here
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: " in answer
+        assert b"no peer had room within 1.0 s" in answer
+
+
+async def test_who_passes_a_peer_over_does_not_stand_before_others(mesh):
+    """The first to wait can't be served by the one peer that has room; the second can."""
+    with trio.fail_after(LIMIT):
+        await mesh.open()
+        held, asked = trio.Event(), []
+
+        async def hold_or_fail(connection):
+            if (request := await connection.request()) is None:
+                return  # a look at its health
+            asked.append(request)
+            if len(asked) == 1:
+                return  # without an answer
+            await connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyes")
+
+        async def hold(connection):
+            await connection.request()
+            await held.wait()
+            await connection.send(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nheld")
+
+        full = await mesh.served_by(hold, "full", vram=9, limit=1)
+        answers = []
+
+        async def client():
+            answers.append(await exchange(mesh, chat()))
+
+        async with trio.open_nursery() as clients:
+            clients.start_soon(client)
+            await full.asked.wait()
+            await mesh.served_by(hold_or_fail, "other", vram=1)
+            clients.start_soon(client)
+            await until(lambda: len(mesh.front.queue) == 1)
+            clients.start_soon(client)
+            await until(lambda: len(answers) == 1)
+            assert answers[0].endswith(b"yes")
+            held.set()
+        assert sorted(answer[-4:] for answer in answers) == [b"\nyes", b"held", b"held"]
+
+
 async def test_an_engine_that_does_not_begin_in_time_is_a_504_and_is_stopped(mesh):
     with trio.fail_after(LIMIT):
         await mesh.open(settings=GatewaySettings(first_byte_timeout=0.2))
