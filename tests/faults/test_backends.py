@@ -55,7 +55,7 @@ def test_a_hung_backend(cluster: Cluster, backend, figures: Figures) -> None:
     engine.hangs.set()
     before, meanwhile = [], []
     # In turns, as a machine's pace changes; pooled, as one in a hundred is rare.
-    for _ in range(6 if figures.is_strict else 1):
+    for _ in range(24 if figures.is_strict else 1):
         eventually(lambda: in_flight_at(entry, stuck) == 0, within=5)
         before += durations(entry, "demo-model", 60)
         with hanging_requests(entry, "stuck-model", 4):
