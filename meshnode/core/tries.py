@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-MAX_FAILED = 3
-MAX_TRIED = 5
+_MAX_FAILED = 3
+_MAX_TRIED = 5
 # Reasons that mean the peer itself is gone: it can't be reached, or its link died meanwhile.
-LOST = frozenset({"unreachable", "lost"})
+_LOST = frozenset({"unreachable", "lost"})
 # What a peer says of itself, and no failure: the client keeps its place, and may be served there
 # a moment later.
 NO_FAILURES = frozenset({"busy", "draining"})
@@ -51,8 +51,8 @@ class Tries:
                 failed it too.
         """
         tried = len(self.passed_over) + failing
-        lost = sum(reason in LOST for reason in self.passed_over.values())
-        return tried < MAX_TRIED and tried - lost < MAX_FAILED
+        lost = sum(reason in _LOST for reason in self.passed_over.values())
+        return tried < _MAX_TRIED and tried - lost < _MAX_FAILED
 
     def __str__(self) -> str:
         """Return the reasons, for people: "reset, lost"."""

@@ -24,7 +24,7 @@ class ByteStream(Protocol):
 
         Raises:
             StreamReset: the other side reset the stream.
-            LinkLost: its connection died. A kind of StreamReset, too.
+            LinkLost: a kind of StreamReset: the link to the peer died under the stream.
             StreamClosed: this side already closed or reset the stream.
         """
 
